@@ -1,0 +1,1 @@
+"""The request's clock: admit, queue, stream, settle. The step's clock is in inference/engine."""

@@ -1,0 +1,147 @@
+"""The forms that enter and leave the engine: a request in, events out, a receipt at the end.
+
+Plain frozen data on the step's clock. Nothing here knows a tenant, a URL, a task queue or a database row.
+Times are monotonic seconds unless a name says otherwise; token ids are vocabulary indices of the served model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+AdapterVector = tuple[tuple[str, float], ...]
+"""Adapters active for a sequence as sorted (adapter digest, scale) pairs; () is the base model."""
+
+DEFAULT_SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+"""The order in which llama.cpp's server chains its samplers by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. Names and defaults are llama.cpp's; ranges are checked before they come here."""
+
+    temperature: float = 0.8
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_keep: int = 0
+    repeat_last_n: int = 64
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+    samplers: tuple[str, ...] = DEFAULT_SAMPLERS
+    seed: int | None = None
+    """None draws a fresh seed; the seed used is in the receipt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    prompt: 1..n_ctx-1 token ids. max_tokens: 1 or more; generation also ends at the slot's context limit.
+    stop: strings that end generation and are not part of the text. deadline: monotonic seconds.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    deadline: float | None = None
+    adapters: AdapterVector = ()
+
+
+class FinishReason(StrEnum):
+    EOS = "eos"
+    STOP = "stop"
+    """A stop string was generated."""
+    LENGTH = "length"
+    """max_tokens, or the slot's context, is used up."""
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What was really computed for one sequence.
+
+    completion_tokens counts every token that was sampled and committed, those of a stop string and of a held-back
+    character included. batch_sequences sums, over the num_steps executed plans that carried this sequence, how many
+    sequences each carried; batch_sequences / num_steps is the mean batch size. decode_steps and
+    decode_batch_sequences are the same over the plans in which this sequence was generating.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    num_steps: int = 0
+    batch_sequences: int = 0
+    decode_steps: int = 0
+    decode_batch_sequences: int = 0
+    slot_id: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The sequence has a slot and its first prompt tokens are in the next step."""
+
+    request_id: str
+    slot_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that is final: whole characters, and no prefix of a stop string. tokens may be empty while text is held."""
+
+    request_id: str
+    text: str
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a sequence, always sent exactly once. error is set where reason is ERROR."""
+
+    request_id: str
+    reason: FinishReason
+    receipt: Receipt
+    stop_word: str | None = None
+    error: str | None = None
+
+
+TokenEvent = Started | Delta | Finished
+
+EventSink = Callable[[Sequence[TokenEvent]], None]
+"""Called on the engine's thread once per step with that step's events in order. It must not block or raise."""
+
+
+class EngineError(Exception):
+    """A request that the engine cannot take; `code` is stable, the message is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,138 @@
+"""The registry's rows and the receipts: which models are served, and what each request really used."""
+
+from __future__ import annotations
+
+from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from accounts.models import APIKey, Tenant
+
+model_name_validator = RegexValidator(
+    r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$", "Use 1 to 100 letters, digits, dots, dashes, underscores and slashes."
+)
+
+
+class ServedModel(models.Model):
+    """A GGUF file and how it is served. `name` is what tenants write into `model`."""
+
+    class KVType(models.TextChoices):
+        F16 = "f16", "f16"
+        Q8_0 = "q8_0", "q8_0"
+        Q4_0 = "q4_0", "q4_0"
+
+    class LoadMode(models.TextChoices):
+        EAGER = "eager", "When the worker starts"
+        LAZY = "lazy", "On the first request"
+        OFF = "off", "Not served"
+
+    class Visibility(models.TextChoices):
+        SHARED = "shared", "Every tenant"
+        GRANTED = "granted", "Granted tenants only"
+
+    name = models.CharField(max_length=100, unique=True, validators=[model_name_validator])
+    aliases = models.JSONField(default=list, blank=True, help_text='Other names, such as ["default-chat"].')
+    is_default = models.BooleanField(default=False, help_text="Serves requests that name no model. Exactly one.")
+    visibility = models.CharField(max_length=8, choices=Visibility.choices, default=Visibility.SHARED)
+    granted_tenants = models.ManyToManyField(Tenant, blank=True, related_name="granted_models")
+    pool = models.CharField(
+        max_length=32,
+        default="default",
+        validators=[RegexValidator(r"^[a-z0-9-]{1,32}$")],
+        help_text="The group of workers that holds this model.",
+    )
+
+    path = models.CharField(max_length=1000, help_text="GGUF file on the worker's disk.")
+    digest = models.CharField(max_length=64, editable=False, help_text="SHA-256 of the file.")
+    size_bytes = models.BigIntegerField(default=0, editable=False)
+    metadata = models.JSONField(default=dict, editable=False, help_text="Read from the file's header.")
+
+    n_ctx = models.PositiveIntegerField(
+        default=2048,
+        validators=[MinValueValidator(8), MaxValueValidator(1 << 20)],
+        help_text="Context of one slot, in tokens.",
+    )
+    n_slots = models.PositiveSmallIntegerField(
+        default=8, validators=[MinValueValidator(1), MaxValueValidator(256)], help_text="Sequences decoded at once."
+    )
+    n_threads = models.PositiveSmallIntegerField(
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(512)],
+        help_text="Empty: one per physical core.",
+    )
+    n_gpu_layers = models.IntegerField(default=0, validators=[MinValueValidator(-1), MaxValueValidator(10000)])
+    kv_type = models.CharField(max_length=8, choices=KVType.choices, default=KVType.F16)
+    load_mode = models.CharField(max_length=8, choices=LoadMode.choices, default=LoadMode.EAGER)
+    keep_alive_seconds = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Idle time after which it is unloaded. Empty: never."
+    )
+    capabilities = models.JSONField(default=dict, blank=True, help_text='Switches such as {"generate": true}.')
+    notes = models.TextField(blank=True)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        ordering = ["name"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["is_default"], condition=Q(is_default=True), name="served_model_one_default"
+            ),
+            models.CheckConstraint(condition=Q(n_slots__gte=1, n_ctx__gte=8), name="served_model_has_room"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Receipt(models.Model):
+    """What one finished request used. Written once, at settlement; holds no prompt and no output.
+
+    While a request is waiting or running its state is in Redis (inference/queue.py).
+    """
+
+    class Status(models.TextChoices):
+        COMPLETED = "completed", "Completed"
+        CANCELLED = "cancelled", "Cancelled"
+        FAILED = "failed", "Failed"
+
+    request_id = models.CharField(max_length=36, primary_key=True)
+    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="receipts")
+    key = models.ForeignKey(APIKey, null=True, on_delete=models.SET_NULL, related_name="receipts")
+    model = models.CharField(max_length=100)
+    model_digest = models.CharField(max_length=64)
+    route = models.CharField(max_length=64)
+    status = models.CharField(max_length=12, choices=Status.choices)
+    finish_reason = models.CharField(max_length=16)
+    error_code = models.CharField(max_length=64, blank=True)
+    cached = models.BooleanField(default=False, help_text="Answered from the completion cache.")
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    cached_tokens = models.PositiveIntegerField(default=0)
+    completion_tokens = models.PositiveIntegerField(default=0)
+    drafted_tokens = models.PositiveIntegerField(default=0)
+    accepted_tokens = models.PositiveIntegerField(default=0)
+    charged_tokens = models.PositiveIntegerField(default=0)
+    queue_seconds = models.FloatField(default=0)
+    prefill_seconds = models.FloatField(default=0)
+    decode_seconds = models.FloatField(default=0)
+    total_seconds = models.FloatField(default=0)
+    num_steps = models.PositiveIntegerField(default=0)
+    mean_batch_size = models.FloatField(
+        default=0, help_text="Sequences in the executed plans that carried this one, on average."
+    )
+    mean_decode_batch_size = models.FloatField(default=0)
+    seed = models.BigIntegerField(null=True)
+    worker = models.CharField(max_length=64, blank=True)
+    created_at = models.DateTimeField(help_text="When the request was admitted.")
+    finished_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ["-created_at"]
+        indexes = [
+            models.Index(fields=["tenant", "-created_at"], name="receipt_by_tenant"),
+            models.Index(fields=["-created_at"], name="receipt_by_time"),
+        ]
+
+    def __str__(self) -> str:
+        return self.request_id

@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class LlmsiteConfig(AppConfig):
+    name = "llmsite"
+    verbose_name = "Installation"

@@ -1,0 +1,244 @@
+"""Everything the environment may set, as one typed object, read once per process.
+
+No Django here: the supervisor, `doctor` and the tests read it before Django is set up. A wrong value raises ConfigError
+with every problem and how to mend each. The settings table of the README is generated from the fields.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class ConfigError(Exception):
+    """The environment does not describe a server that can start. `problems` holds one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Config(BaseSettings):
+    """The environment of one llmsite installation. Field descriptions are the README's settings table."""
+
+    model_config = SettingsConfigDict(env_file=None, case_sensitive=False, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address that the web process listens on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port of the web process.")
+    state_dir: Path = Field(
+        Path(".state"), description="Folder of everything the server keeps: database, Valkey, models, secrets."
+    )
+    database_url: str = Field(
+        "", description="`postgres://user:password@host:5432/name`; empty uses SQLite in the state folder."
+    )
+    redis_url: str = Field("", description="`redis://host:6379/0` or `unix:///path`; empty starts an embedded Valkey.")
+    secret_key: str = Field("", description="Django's secret key; empty makes one in the state folder (loopback only).")
+    key_pepper: str = Field(
+        "",
+        description="Pepper of the API key hashes, `id:secret`, several separated by commas, the first is used for new keys; empty makes one in the state folder (loopback only).",
+    )
+    debug: bool = Field(False, description="Django's debug pages; refused beyond loopback.")
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(
+        ["localhost", "127.0.0.1", "[::1]"], description="Host names that the server answers to, separated by commas."
+    )
+    csrf_trusted_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Origins such as `https://llm.example.org` that may post to the console behind a proxy."
+    )
+    secure_cookies: bool = Field(
+        False, description="Set when browsers reach the console by HTTPS: secure cookies, HSTS, redirect to HTTPS."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severe log line that is written."
+    )
+    log_format: Literal["json", "console"] = Field("json", description="One JSON object a line, or lines for people.")
+
+    web_threads: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="Threads of the web process that run admission; also its number of database connections.",
+    )
+    max_body_bytes: int = Field(
+        2 * 1024 * 1024, ge=1024, le=1 << 30, description="Largest request body; above it the answer is 413."
+    )
+    body_timeout_seconds: float = Field(
+        10.0, gt=0, le=600, description="Time a client has to send its headers, and again its body; then 408."
+    )
+    tokenizer_processes: int = Field(
+        2, ge=1, le=16, description="Tokenizer children of the web process, per model, at most."
+    )
+    tokenizer_timeout_seconds: float = Field(
+        3.0,
+        gt=0,
+        le=60,
+        description="Time one text may take to tokenize before its child is killed and the answer is 400.",
+    )
+    queue_timeout_seconds: float = Field(
+        120.0, gt=0, le=86400, description="Time a request may wait for a slot before it ends with an error."
+    )
+    generation_timeout_seconds: float = Field(
+        600.0, gt=0, le=86400, description="Time a request may take in all, waiting included."
+    )
+    drain_seconds: float = Field(
+        10.0, ge=0, le=3600, description="Time that running requests get to end when the worker is told to stop."
+    )
+    completion_cache_ttl_seconds: int = Field(
+        3600,
+        ge=0,
+        le=30 * 86400,
+        description="How long a completion is kept for identical requests; 0 switches the cache off.",
+    )
+    default_max_tokens: int = Field(
+        512, ge=1, le=1 << 20, description="Output bound of a native request that names none."
+    )
+    default_temperature: float = Field(0.7, ge=0, le=5, description="Temperature of a native request that names none.")
+    redis_outage_policy: Literal["closed", "open"] = Field(
+        "closed",
+        description="Requests per minute while Redis does not answer: `closed` refuses with 503, `open` lets a bounded number a minute through.",
+    )
+    models_yaml: Path | None = Field(
+        None, description="Registry file for `manage.py sync_models`; read at start when it is set."
+    )
+    require_model_ready: bool = Field(True, description="`/readyz` answers 503 until a worker holds the default model.")
+    metrics_allowed_networks: Annotated[list[str], NoDecode] = Field(
+        ["127.0.0.0/8", "::1/128"], description="Networks that may read `/metrics` without an operator key."
+    )
+    engine: Literal["llama", "fake"] = Field(
+        "llama",
+        description="`fake` answers at once with made-up text: for benchmarks of the path around the model, never for tenants.",
+    )
+
+    @field_validator("allowed_hosts", "csrf_trusted_origins", "metrics_allowed_networks", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("metrics_allowed_networks")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for part in value:
+            ipaddress.ip_network(part)
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres(cls, value: str) -> str:
+        if value and urlsplit(value).scheme not in {"postgres", "postgresql"}:
+            raise ValueError("use postgres://user:password@host:5432/name, or leave it empty for SQLite")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: str) -> str:
+        if value and urlsplit(value).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError(
+                "use redis://host:6379/0, rediss://... or unix:///path, or leave it empty for the embedded Valkey"
+            )
+        return value
+
+    @field_validator("key_pepper")
+    @classmethod
+    def _is_pepper_list(cls, value: str) -> str:
+        for part in filter(None, value.split(",")):
+            pepper_id, _, secret = part.partition(":")
+            if not pepper_id.isalnum() or len(pepper_id) > 8 or len(secret) < 32:
+                raise ValueError(
+                    "use `id:secret` with an id of up to 8 letters or digits and a secret of 32 characters or more"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _is_safe_beyond_loopback(self) -> Config:
+        if self.host in LOOPBACK_NAMES:
+            return self
+        problems = []
+        if self.debug:
+            problems.append("DEBUG is on while HOST is not loopback: set DEBUG=false")
+        if not self.secret_key:
+            problems.append("SECRET_KEY is empty while HOST is not loopback: set it to 50 random characters")
+        if not self.key_pepper:
+            problems.append("KEY_PEPPER is empty while HOST is not loopback: set it to `1:` and 50 random characters")
+        if "*" in self.allowed_hosts:
+            problems.append("ALLOWED_HOSTS is * while HOST is not loopback: name the hosts")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    # What follows from the fields. Paths are absolute.
+
+    @cached_property
+    def state(self) -> Path:
+        return self.state_dir.expanduser().resolve()
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def embedded_valkey_socket(self) -> Path:
+        """A Unix socket path is at most 107 bytes; `doctor` checks it."""
+        return self.state / "valkey" / "valkey.sock"
+
+    def redis(self, database: int = 0) -> str:
+        """URL for redis-py and Django's cache. `database` is added to the one in REDIS_URL for the embedded server only."""
+        return self.redis_url or f"unix://{self.embedded_valkey_socket}?db={database}"
+
+    @property
+    def broker_url(self) -> str:
+        """URL for Celery, which spells Unix sockets differently."""
+        url = self.redis_url or f"unix://{self.embedded_valkey_socket}"
+        if url.startswith("unix://"):
+            path = urlsplit(url).path
+            return f"redis+socket://{path}?virtual_host=0"
+        return url
+
+    def secret(self, name: str, value: str, *, prefix: str = "") -> str:
+        """The configured secret, else one kept in the state folder with mode 0600, made on first use."""
+        if value:
+            return value
+        path = self.state / name
+        if not path.exists():
+            self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            scratch = path.with_name(f"{name}.{secrets.token_hex(4)}")
+            scratch.touch(mode=0o600)
+            scratch.write_text(prefix + secrets.token_urlsafe(48))
+            try:
+                path.hardlink_to(scratch)  # fails if another process was first: then its secret counts
+            except FileExistsError:
+                pass
+            scratch.unlink()
+        return path.read_text().strip()
+
+
+def load() -> Config:
+    """Read the environment. Raises ConfigError with all problems at once."""
+    try:
+        return Config()
+    except ValidationError as exc:
+        raise ConfigError([_sentence(error) for error in exc.errors()]) from exc
+
+
+def _sentence(error: object) -> str:
+    assert isinstance(error, dict)
+    name = ".".join(str(part) for part in error["loc"]).upper() or "environment"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = "" if error["type"] in {"missing"} or name == "environment" else f" (got {error['input']!r})"
+    if any(word in name for word in ("SECRET", "PEPPER", "URL")):
+        given = ""  # a wrong secret is still a secret
+    return f"{name}: {message}{given}"
+
+
+@lru_cache(maxsize=1)
+def get_config() -> Config:
+    """The configuration of this process."""
+    return load()
