@@ -142,7 +142,7 @@ def default_scopes() -> list[str]:
 class APIKey(models.Model):
     """A credential of a tenant. Only the HMAC of its secret is kept (accounts/keys.py)."""
 
-    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="api_keys")
+    tenant = models.ForeignKey(Tenant, on_delete=models.PROTECT, related_name="api_keys")
     name = models.CharField(max_length=100)
     public_id = models.CharField(
         max_length=12, unique=True, editable=False, help_text="The part of the key that finds this row."
@@ -158,6 +158,15 @@ class APIKey(models.Model):
     )
     expires_at = models.DateTimeField(null=True, blank=True)
     revoked_at = models.DateTimeField(null=True, blank=True)
+    quota_key = models.ForeignKey(
+        "self",
+        null=True,
+        blank=True,
+        on_delete=models.PROTECT,
+        related_name="+",
+        editable=False,
+        help_text="The first key of a rotation: its periods, rates and places are used by all its successors.",
+    )
     rotated_from = models.ForeignKey(
         "self", null=True, blank=True, on_delete=models.SET_NULL, related_name="successors", editable=False
     )
@@ -189,8 +198,8 @@ class APIKey(models.Model):
 class QuotaPeriod(models.Model):
     """Usage of a tenant (key is null) or of one key between two moments; counters move by conditional UPDATE only."""
 
-    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="periods")
-    key = models.ForeignKey(APIKey, null=True, blank=True, on_delete=models.CASCADE, related_name="periods")
+    tenant = models.ForeignKey(Tenant, on_delete=models.PROTECT, related_name="periods")
+    key = models.ForeignKey(APIKey, null=True, blank=True, on_delete=models.PROTECT, related_name="periods")
     starts_at = models.DateTimeField()
     ends_at = models.DateTimeField()
     used_tokens = models.BigIntegerField(default=0)
@@ -226,9 +235,9 @@ class Reservation(models.Model):
         SETTLED = "settled", "Settled"
         RELEASED = "released", "Released"
 
-    request_id = models.CharField(max_length=36, primary_key=True)
-    tenant_period = models.ForeignKey(QuotaPeriod, on_delete=models.CASCADE, related_name="+")
-    key_period = models.ForeignKey(QuotaPeriod, on_delete=models.CASCADE, related_name="+")
+    request_id = models.CharField(max_length=64, primary_key=True)
+    tenant_period = models.ForeignKey(QuotaPeriod, on_delete=models.PROTECT, related_name="+", db_index=False)
+    key_period = models.ForeignKey(QuotaPeriod, on_delete=models.PROTECT, related_name="+", db_index=False)
     tokens = models.BigIntegerField()
     state = models.CharField(max_length=8, choices=State.choices, default=State.OPEN)
     expires_at = models.DateTimeField(help_text="After it the sweep releases the reservation.")
@@ -256,9 +265,9 @@ class LedgerEntry(models.Model):
         ADJUST = "adjust", "Adjust"
 
     kind = models.CharField(max_length=8, choices=Kind.choices)
-    request_id = models.CharField(max_length=36)
-    tenant_period = models.ForeignKey(QuotaPeriod, on_delete=models.CASCADE, related_name="+")
-    key_period = models.ForeignKey(QuotaPeriod, null=True, on_delete=models.CASCADE, related_name="+")
+    request_id = models.CharField(max_length=64)
+    tenant_period = models.ForeignKey(QuotaPeriod, on_delete=models.PROTECT, related_name="+", db_index=False)
+    key_period = models.ForeignKey(QuotaPeriod, null=True, on_delete=models.PROTECT, related_name="+", db_index=False)
     reserved_tokens = models.BigIntegerField(default=0)
     used_tokens = models.BigIntegerField(default=0)
     reserved_requests = models.BigIntegerField(default=0)
@@ -267,6 +276,10 @@ class LedgerEntry(models.Model):
     key_limit = models.BigIntegerField(null=True)
     tenant_committed_after = models.BigIntegerField(null=True)
     key_committed_after = models.BigIntegerField(null=True)
+    tenant_request_limit = models.BigIntegerField(null=True)
+    key_request_limit = models.BigIntegerField(null=True)
+    tenant_requests_after = models.BigIntegerField(null=True)
+    key_requests_after = models.BigIntegerField(null=True)
     model = models.CharField(max_length=100, blank=True)
     prompt_tokens = models.BigIntegerField(default=0)
     cached_tokens = models.BigIntegerField(default=0)
@@ -284,6 +297,9 @@ class LedgerEntry(models.Model):
         constraints = [
             models.UniqueConstraint(
                 fields=["request_id", "kind"], condition=~Q(kind="adjust"), name="ledger_once_per_request_and_kind"
+            ),
+            models.UniqueConstraint(
+                fields=["request_id"], condition=Q(kind__in=["settle", "release"]), name="ledger_ends_a_request_once"
             ),
         ]
 

@@ -97,9 +97,12 @@ class Receipt(models.Model):
         CANCELLED = "cancelled", "Cancelled"
         FAILED = "failed", "Failed"
 
-    request_id = models.CharField(max_length=36, primary_key=True)
-    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="receipts")
-    key = models.ForeignKey(APIKey, null=True, on_delete=models.SET_NULL, related_name="receipts")
+    request_id = models.CharField(max_length=64, primary_key=True)
+    tenant = models.ForeignKey(Tenant, on_delete=models.PROTECT, related_name="receipts", db_index=False)
+    key = models.ForeignKey(APIKey, on_delete=models.PROTECT, related_name="receipts")
+    parent_id = models.CharField(
+        max_length=64, blank=True, help_text="The request that this one is a part of, such as a batch."
+    )
     model = models.CharField(max_length=100)
     model_digest = models.CharField(max_length=64)
     route = models.CharField(max_length=64)

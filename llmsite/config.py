@@ -6,8 +6,12 @@ with every problem and how to mend each. The settings table of the README is gen
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import ipaddress
+import os
 import secrets
+import tempfile
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 BASE_DIR = Path(__file__).resolve().parent.parent
+MAX_SOCKET_PATH_BYTES = 107 if os.uname().sysname == "Linux" else 103  # sizeof(sockaddr_un.sun_path) - 1
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -42,10 +47,14 @@ class Config(BaseSettings):
         "", description="`postgres://user:password@host:5432/name`; empty uses SQLite in the state folder."
     )
     redis_url: str = Field("", description="`redis://host:6379/0` or `unix:///path`; empty starts an embedded Valkey.")
+    valkey_max_memory_mb: int = Field(
+        256, ge=16, le=1 << 20, description="Memory bound of the embedded Valkey; when it is full, new work gets a 503."
+    )
     secret_key: str = Field("", description="Django's secret key; empty makes one in the state folder (loopback only).")
     key_pepper: str = Field(
         "",
-        description="Pepper of the API key hashes, `id:secret`, several separated by commas, the first is used for new keys; empty makes one in the state folder (loopback only).",
+        description="Pepper of the API key hashes, `id:secret`, several separated by commas, the first is used for new "
+        "keys; empty makes one in the state folder (loopback only).",
     )
     debug: bool = Field(False, description="Django's debug pages; refused beyond loopback.")
     allowed_hosts: Annotated[list[str], NoDecode] = Field(
@@ -104,7 +113,8 @@ class Config(BaseSettings):
     default_temperature: float = Field(0.7, ge=0, le=5, description="Temperature of a native request that names none.")
     redis_outage_policy: Literal["closed", "open"] = Field(
         "closed",
-        description="Requests per minute while Redis does not answer: `closed` refuses with 503, `open` lets a bounded number a minute through.",
+        description="Requests per minute while Redis does not answer: `closed` refuses with 503, `open` lets a bounded "
+        "number a minute through.",
     )
     models_yaml: Path | None = Field(
         None, description="Registry file for `manage.py sync_models`; read at start when it is set."
@@ -115,7 +125,8 @@ class Config(BaseSettings):
     )
     engine: Literal["llama", "fake"] = Field(
         "llama",
-        description="`fake` answers at once with made-up text: for benchmarks of the path around the model, never for tenants.",
+        description="`fake` answers at once with made-up text: for benchmarks of the path around the model, never for "
+        "tenants.",
     )
 
     @field_validator("allowed_hosts", "csrf_trusted_origins", "metrics_allowed_networks", mode="before")
@@ -186,11 +197,18 @@ class Config(BaseSettings):
 
     @property
     def embedded_valkey_socket(self) -> Path:
-        """A Unix socket path is at most 107 bytes; `doctor` checks it."""
-        return self.state / "valkey" / "valkey.sock"
+        """In the state folder; where that is too deep for a Unix socket, in a private folder named after it.
+
+        Every process with the same STATE_DIR comes to the same path. processes/valkey.py makes the folder, mode 0700.
+        """
+        path = self.state / "valkey" / "valkey.sock"
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+            return path
+        name = hashlib.sha256(os.fsencode(self.state)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"llmsite-{os.getuid()}-{name}" / "valkey.sock"
 
     def redis(self, database: int = 0) -> str:
-        """URL for redis-py and Django's cache. `database` is added to the one in REDIS_URL for the embedded server only."""
+        """URL for redis-py and Django's cache. REDIS_URL names its own database; `database` is for the embedded one."""
         return self.redis_url or f"unix://{self.embedded_valkey_socket}?db={database}"
 
     @property
@@ -212,10 +230,8 @@ class Config(BaseSettings):
             scratch = path.with_name(f"{name}.{secrets.token_hex(4)}")
             scratch.touch(mode=0o600)
             scratch.write_text(prefix + secrets.token_urlsafe(48))
-            try:
-                path.hardlink_to(scratch)  # fails if another process was first: then its secret counts
-            except FileExistsError:
-                pass
+            with contextlib.suppress(FileExistsError):  # another process was first: then its secret counts
+                path.hardlink_to(scratch)
             scratch.unlink()
         return path.read_text().strip()
 

@@ -72,6 +72,7 @@ def _database(url: str) -> dict[str, Any]:
         return {
             "ENGINE": "django_prometheus.db.backends.sqlite3",
             "NAME": CONFIG.state / "db.sqlite3",
+            "TEST": {"NAME": str(CONFIG.state / "test.sqlite3")},  # a file: threads of a test must see WAL, not memory
             "OPTIONS": {
                 "transaction_mode": "IMMEDIATE",
                 "timeout": 20,

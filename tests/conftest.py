@@ -1,0 +1,186 @@
+"""What every test stands on: a state folder and an embedded Valkey of its own per process, a cast, the real model.
+
+The environment is set here, before Django reads it; nothing of the caller's environment leaks in. Without a Redis or
+PostgreSQL beside it the whole suite runs; tests/services runs parts of it again on those, where they answer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmsite.config import Config
+from llmsite.processes import valkey as embedded_valkey
+
+STATE_DIR = Path(tempfile.mkdtemp(prefix="llmsite-test-"))
+VALKEY = embedded_valkey.ValkeyPlan(STATE_DIR / "valkey", STATE_DIR / "valkey" / "valkey.sock", max_memory_mb=128)
+OUTER_REDIS_URL = os.environ.get("LLMSITE_TEST_REDIS_URL", "")
+OUTER_DATABASE_URL = os.environ.get("LLMSITE_TEST_DATABASE_URL", "")
+REQUIRE_SERVICES = os.environ.get("REQUIRE_SERVICES", "") not in {"", "0", "false"}
+
+for name in Config.model_fields:
+    os.environ.pop(name.upper(), None)
+os.environ.update(
+    DJANGO_SETTINGS_MODULE="llmsite.settings",
+    STATE_DIR=str(STATE_DIR),
+    REDIS_URL=OUTER_REDIS_URL or f"unix://{VALKEY.socket}",
+    DATABASE_URL=OUTER_DATABASE_URL,
+    SECRET_KEY="a secret key for tests alone, of more than fifty characters",
+    KEY_PEPPER="t:a pepper for tests alone of more than thirty-two characters",
+    LOG_LEVEL="WARNING",
+    LOG_FORMAT="console",
+)
+
+
+def pytest_configure() -> None:
+    import django
+
+    django.setup()
+
+
+# Services
+
+
+@pytest.fixture(scope="session", autouse=True)
+def valkey_server() -> Iterator[None]:
+    """The embedded Valkey of this test process; with LLMSITE_TEST_REDIS_URL a server that runs already."""
+    if OUTER_REDIS_URL:
+        yield
+        return
+    with (STATE_DIR / "valkey.log").open("wb") as log:
+        server = embedded_valkey.start(VALKEY, output=log)
+    try:
+        embedded_valkey.wait_until_it_answers(VALKEY, lambda: server.poll() is None)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="session")
+def valkey_connection(valkey_server: None) -> Iterator[Any]:
+    import redis
+
+    connection = redis.Redis.from_url(os.environ["REDIS_URL"])
+    yield connection
+    connection.close()
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate(request: pytest.FixtureRequest) -> None:
+    """No key in Valkey and no cached row is left from the test before."""
+    if request.node.get_closest_marker("unit") and "valkey" not in request.fixturenames:
+        return
+    request.getfixturevalue("valkey_connection").flushdb()
+
+
+@pytest.fixture
+def valkey(valkey_connection: Any) -> Any:
+    """A redis.Redis on an empty database; for tests that stop the server themselves, start one of your own."""
+    valkey_connection.flushdb()
+    return valkey_connection
+
+
+# The cast
+
+
+@dataclass(frozen=True)
+class Customer:
+    """A tenant with one key. `text` is the key as the client sends it."""
+
+    tenant: Any
+    key: Any
+    text: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.text}"}
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Alice and Bob are customers; Charlie is one too and must see nothing of theirs. The operator runs the house."""
+
+    alice: Customer
+    bob: Customer
+    charlie: Customer
+    operator: Customer
+
+
+def make_customer(name: str, plan: Any, *, scopes: list[str] | None = None, **limits: int | None) -> Customer:
+    """A tenant on `plan` with one key; `limits` override the plan's for the tenant."""
+    from accounts import issuing
+    from accounts.limits import Limits
+    from accounts.models import DEFAULT_SCOPES, Tenant
+
+    Limits().overridden(limits)
+    tenant = Tenant.objects.create(name=name, plan=plan, limit_overrides=limits)
+    key, text = issuing.issue(tenant, "main", scopes or DEFAULT_SCOPES, {}, None)
+    return Customer(tenant, key, text)
+
+
+@pytest.fixture
+def plan(db: None) -> Any:
+    """Unlimited but for ten million tokens a month; tests narrow it where they need to."""
+    from accounts.models import Plan
+
+    return Plan.objects.create(name="cast", monthly_tokens=10_000_000)
+
+
+@pytest.fixture
+def cast(plan: Any) -> Cast:
+    return Cast(
+        alice=make_customer("Alice's", plan),
+        bob=make_customer("Bob's", plan),
+        charlie=make_customer("Charlie's", plan),
+        operator=make_customer("Operator", plan, scopes=["operator"]),
+    )
+
+
+# The real model
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct, the package that `make install` brings. Its absence is a failure, not a skip."""
+    from llmsite.demo import demo_model_path
+
+    return demo_model_path()
+
+
+# Collection and report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share one running site share one test process."""
+    for item in items:
+        if "live_site" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("live_site"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Where the services are said to answer, a test that skips for want of one fails."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    if REQUIRE_SERVICES and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"REQUIRE_SERVICES=1, yet this test was skipped: {reason}"
+    return report  # type: ignore[return-value]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(STATE_DIR, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""The suite's own ground: what conftest promises to the other tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+
+def test_the_suite_has_a_valkey_of_its_own(valkey: Any) -> None:
+    valkey.set("a", "b")
+    assert valkey.get("a") == b"b"
+    assert valkey.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+def test_nothing_is_left_from_the_test_before(valkey_connection: Any) -> None:
+    assert valkey_connection.dbsize() == 0
+
+
+def test_sqlite_in_tests_is_a_file_in_write_ahead_mode(db: None) -> None:
+    from django.db import connection
+
+    if connection.vendor == "sqlite":
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA journal_mode")
+            assert cursor.fetchone() == ("wal",)
+
+
+def test_the_demo_model_is_there(model_path: Path) -> None:
+    with model_path.open("rb") as file:
+        assert file.read(4) == b"GGUF"

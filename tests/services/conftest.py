@@ -1,0 +1,86 @@
+"""PostgreSQL and Redis beside the suite: tests here skip where they do not answer, and fail under REQUIRE_SERVICES=1.
+
+TEST_POSTGRESQL_URL and TEST_REDIS_URL say where; the defaults are the loopback ports. Each test process makes and
+drops a database of its own, and takes a Redis database only if it is empty.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+POSTGRESQL_URL = os.environ.get("TEST_POSTGRESQL_URL", "postgres://postgres@127.0.0.1:5432/postgres")
+REDIS_URL = os.environ.get("TEST_REDIS_URL", "redis://127.0.0.1:6379")
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """URL of an empty PostgreSQL database of this test process, dropped at the end."""
+    import psycopg
+
+    name = f"llmsite_test_{uuid.uuid4().hex[:12]}"
+    try:
+        with psycopg.connect(POSTGRESQL_URL, autocommit=True, connect_timeout=2) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')
+    except psycopg.OperationalError as error:
+        pytest.skip(f"no PostgreSQL at {urlsplit(POSTGRESQL_URL).hostname}: {error}")
+    yield urlsplit(POSTGRESQL_URL)._replace(path=f"/{name}").geturl()
+    with psycopg.connect(POSTGRESQL_URL, autocommit=True) as connection:
+        connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="session")
+def redis_server_url() -> Iterator[str]:
+    """URL of an empty Redis database that this test process may flush."""
+    import redis
+
+    for number in range(15, 0, -1):
+        with (Path(tempfile.gettempdir()) / f"llmsite-test-redis-{number}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another test process has it
+            connection = redis.Redis.from_url(f"{REDIS_URL}/{number}", socket_connect_timeout=2)
+            try:
+                is_empty = connection.dbsize() == 0
+            except redis.RedisError as error:
+                pytest.skip(f"no Redis at {REDIS_URL}: {error}")
+            if is_empty:
+                yield f"{REDIS_URL}/{number}"
+                connection.flushdb()
+                return
+    pytest.skip(f"no empty database in the Redis at {REDIS_URL}")
+
+
+@pytest.fixture
+def run_on_services(postgresql_url: str, redis_server_url: str) -> Callable[..., None]:
+    """Runs other tests again, on PostgreSQL and Redis: `run_on_services("tests/accounts/test_quotas.py")`."""
+
+    def run(*arguments: str, timeout_seconds: float = 170) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--create-db", *arguments],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "LLMSITE_TEST_DATABASE_URL": postgresql_url,
+                "LLMSITE_TEST_REDIS_URL": redis_server_url,
+            },
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+    return run

@@ -1,0 +1,13 @@
+"""The rest of the suite's ground, on the servers that a real installation uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def test_the_suite_also_stands_on_postgresql_and_redis(run_on_services: Callable[..., None]) -> None:
+    run_on_services("tests/llmsite/test_suite.py", "-k", "not valkey_of_its_own")
