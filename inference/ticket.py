@@ -1,0 +1,145 @@
+"""The ticket: an admitted request on its way from the web to a worker, through Redis. The request's clock.
+
+Written by admission, read by the worker, the reaper and settlement. Its form carries a version, so that web and worker
+can be upgraded one by one; what a reader does not understand, it refuses. The prompt travels beside the header, as it
+leaves Redis when a worker takes the ticket.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import orjson
+
+from inference.engine.types import AdapterVector, SamplingParams
+
+VERSION = 1
+PROMPT_TYPE = "i"  # 32 bits, the byte order of the machine: web and worker are both little-endian
+
+
+class TicketError(Exception):
+    """Bytes that are no ticket of this version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """What a worker needs to serve a request, and whoever ends it to settle it. Times are Unix seconds."""
+
+    request_id: str
+    tenant_id: int
+    key_id: int
+    pool: str
+    model_id: int
+    model_name: str
+    model_digest: str
+    num_prompt_tokens: int
+    max_tokens: int
+    route: str
+    created_at: float
+    queue_deadline_at: float
+    deadline_at: float
+    reserved_tokens: int
+    """Held on the monthly quota."""
+    entered_tokens: int
+    """Taken from the tokens a minute."""
+    stream: bool = False
+    clamped: bool = False
+    cache_key: str | None = None
+    stop: tuple[str, ...] = ()
+    adapters: AdapterVector = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    prompt: tuple[int, ...] = ()
+    """Empty for whoever only ends the request."""
+
+    def header(self) -> bytes:
+        """Everything but the prompt, as JSON."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in HEADER_NAMES}
+        values["v"] = VERSION
+        values["sampling"] = _differences(self.sampling)
+        return orjson.dumps(values)
+
+    def prompt_bytes(self) -> bytes:
+        return array(PROMPT_TYPE, self.prompt).tobytes()
+
+    @staticmethod
+    def parse(header: bytes, prompt: bytes = b"") -> Ticket:
+        """Raises TicketError for anything that `header` and `prompt_bytes` did not write."""
+        try:
+            values = orjson.loads(header)
+        except orjson.JSONDecodeError as error:
+            raise TicketError("a ticket must be JSON") from error
+        if not isinstance(values, dict) or values.pop("v", None) != VERSION:
+            raise TicketError(f"a ticket must be an object of version {VERSION}")
+        if set(values) != HEADER_SET:
+            raise TicketError(f"fields of the ticket are not those of version {VERSION}: {set(values) ^ HEADER_SET}")
+        for name, kind in HEADER_TYPES.items():
+            if type(values[name]) not in kind:
+                raise TicketError(f"{name} of the ticket has the wrong type")
+        values["stop"] = _strings(values["stop"])
+        values["adapters"] = _adapters(values["adapters"])
+        values["sampling"] = _sampling(values["sampling"])
+        return Ticket(**values, prompt=_prompt(prompt, values["num_prompt_tokens"]))
+
+
+HEADER_NAMES = tuple(item.name for item in fields(Ticket) if item.name not in {"prompt", "sampling"})
+HEADER_SET = {*HEADER_NAMES, "sampling"}
+HEADER_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(["request_id", "pool", "model_name", "model_digest", "route"], (str,)),
+    **dict.fromkeys(["tenant_id", "key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
+    **dict.fromkeys(["reserved_tokens", "entered_tokens"], (int,)),
+    **dict.fromkeys(["created_at", "queue_deadline_at", "deadline_at"], (float, int)),
+    **dict.fromkeys(["stream", "clamped"], (bool,)),
+    "cache_key": (str, type(None)),
+    "stop": (list,),
+    "adapters": (list,),
+    "sampling": (dict,),
+}
+DEFAULTS = {item.name: getattr(SamplingParams(), item.name) for item in fields(SamplingParams)}
+
+
+def _differences(sampling: SamplingParams) -> dict[str, Any]:
+    values = ((name, getattr(sampling, name)) for name in DEFAULTS)
+    return {name: value for name, value in values if value != DEFAULTS[name]}
+
+
+def _sampling(values: dict[str, Any]) -> SamplingParams:
+    for name, value in values.items():
+        default = DEFAULTS.get(name, ...)
+        if name == "logit_bias" and isinstance(value, list):
+            values[name] = tuple((int(token), float(bias)) for token, bias in value)
+        elif isinstance(default, tuple):
+            values[name] = _strings(value)
+        elif isinstance(default, float):
+            values[name] = float(value) if type(value) in (int, float) else _wrong(name)
+        elif default is ... or type(value) is not (int if default is None else type(default)):
+            _wrong(name)
+    return SamplingParams(**values)
+
+
+def _wrong(name: str) -> float:
+    raise TicketError(f"sampling parameter {name} of the ticket is unknown or has the wrong type")
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TicketError("a list of strings was expected in the ticket")
+    return tuple(value)
+
+
+def _adapters(value: list[Any]) -> AdapterVector:
+    try:
+        return tuple((str(digest), float(scale)) for digest, scale in value)
+    except (TypeError, ValueError) as error:
+        raise TicketError("adapters of the ticket must be pairs of digest and scale") from error
+
+
+def _prompt(data: bytes, number: int) -> tuple[int, ...]:
+    if not data:
+        return ()
+    tokens = array(PROMPT_TYPE)
+    if len(data) != number * tokens.itemsize:
+        raise TicketError("the prompt of the ticket does not have the length that its header says")
+    tokens.frombytes(data)
+    return tuple(tokens)
