@@ -5,6 +5,8 @@ accounts/quotas.py alone writes periods, reservations and ledger entries; the le
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator
@@ -139,6 +141,15 @@ def default_scopes() -> list[str]:
     return list(DEFAULT_SCOPES)
 
 
+def validate_scopes(value: object) -> None:
+    """Raises ValidationError unless it is a list of known scopes, each once."""
+    if not isinstance(value, list) or not value or len(value) != len({str(scope) for scope in value}):
+        raise ValidationError("Give a list of one or more scopes, each once.")
+    for scope in value:
+        if scope not in Scope.values:
+            raise ValidationError(f"{scope!r} is no scope: use {', '.join(Scope.values)}.")
+
+
 class APIKey(models.Model):
     """A credential of a tenant. Only the HMAC of its secret is kept (accounts/keys.py)."""
 
@@ -149,7 +160,7 @@ class APIKey(models.Model):
     )
     secret_hash = models.CharField(max_length=64, editable=False)
     pepper_id = models.CharField(max_length=8, editable=False)
-    scopes = models.JSONField(default=default_scopes)
+    scopes = models.JSONField(default=default_scopes, validators=[validate_scopes])
     limit_overrides = models.JSONField(
         default=dict,
         blank=True,
@@ -191,8 +202,8 @@ class APIKey(models.Model):
         """The key's own limits: nothing but its overrides. They bind beside the tenant's, whichever is tighter."""
         return Limits().overridden(self.limit_overrides)
 
-    def is_active(self, now: object) -> bool:
-        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)  # type: ignore[operator]
+    def is_active(self, now: datetime) -> bool:
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
 
 
 class QuotaPeriod(models.Model):
@@ -206,6 +217,8 @@ class QuotaPeriod(models.Model):
     reserved_tokens = models.BigIntegerField(default=0)
     used_requests = models.BigIntegerField(default=0)
     reserved_requests = models.BigIntegerField(default=0)
+    prompt_tokens = models.BigIntegerField(default=0, help_text="Of the settled requests, cached ones included.")
+    completion_tokens = models.BigIntegerField(default=0, help_text="Of the settled requests.")
 
     class Meta:
         ordering = ["-starts_at"]

@@ -201,9 +201,8 @@ class Header:
     @property
     def quantization(self) -> str:
         """The name of the file type, else of the tensor type that fills most of the file."""
-        named = FILE_TYPES.get(self.number("general.file_type") or -1)
-        if self.number("general.file_type") == 0:
-            named = FILE_TYPES[0]
+        number = self.number("general.file_type")
+        named = None if number is None else FILE_TYPES.get(number)
         return named or max(self.tensor_types, key=self.tensor_types.__getitem__, default="unknown")
 
     def kv_elements_per_token(self) -> int | None:
@@ -280,7 +279,9 @@ class _Cursor:
         self._advance(count)
         data = self._file.read(count)
         if len(data) != count:
-            raise GGUFError("gguf_truncated", "The file became shorter while it was read. Try again when it is complete.")
+            raise GGUFError(
+                "gguf_truncated", "The file became shorter while it was read. Try again when it is complete."
+            )
         return data
 
     def skip(self, count: int) -> None:
@@ -362,15 +363,18 @@ def _read_pairs(cursor: _Cursor, count: int) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for _ in range(count):
         key = cursor.text("A metadata key", MAX_KEY_BYTES)
-        if not key or key in values:
-            raise GGUFError("gguf_malformed", f"The metadata key {key!r} is empty or appears twice.")
+        if not key or key in values or not key.isprintable():
+            raise GGUFError("gguf_malformed", f"The metadata key {key!r} is empty, unprintable or there twice.")
         values[key] = _read_value(cursor, key, cursor.unpack(U32))
     return values
 
 
 def _read_value(cursor: _Cursor, key: str, kind: int) -> Value:
     if kind == STRING:
-        return cursor.text(f"The value of {key!r}", MAX_STRING_BYTES)
+        text = cursor.text(f"The value of {key!r}", MAX_STRING_BYTES)
+        if "\0" in text:  # llama.cpp would read half of it, PostgreSQL would refuse it
+            raise GGUFError("gguf_malformed", f"The value of {key!r} contains a NUL character: the file is damaged.")
+        return text
     if kind == ARRAY:
         return _read_array(cursor, key)
     if kind not in SCALARS:
@@ -492,8 +496,7 @@ def write_vocabulary_only(source: Path, target: Path) -> Header:
     try:
         with source.open("rb") as reader, scratch.open("wb") as writer:
             reader.seek(FIXED_HEADER.size)
-            num_pairs = len(header.values)
-            writer.write(FIXED_HEADER.pack(MAGIC, header.version, 0, num_pairs))
+            writer.write(FIXED_HEADER.pack(MAGIC, header.version, 0, len(header.values)))
             _copy(reader, writer, header.metadata_end - FIXED_HEADER.size)
             writer.flush()
             os.fsync(writer.fileno())
@@ -507,6 +510,8 @@ def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
     while count:
         block = reader.read(min(count, 1 << 20))
         if not block:
-            raise GGUFError("gguf_truncated", "The file became shorter while it was read. Try again when it is complete.")
+            raise GGUFError(
+                "gguf_truncated", "The file became shorter while it was read. Try again when it is complete."
+            )
         writer.write(block)
         count -= len(block)

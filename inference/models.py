@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
+from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 from django.db.models import Q
@@ -9,8 +13,9 @@ from django.utils import timezone
 
 from accounts.models import APIKey, Tenant
 
+MAX_ALIASES = 32
 model_name_validator = RegexValidator(
-    r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$", "Use 1 to 100 letters, digits, dots, dashes, underscores and slashes."
+    r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}\Z", "Use 1 to 100 letters, digits, dots, dashes, underscores and slashes."
 )
 
 
@@ -39,7 +44,7 @@ class ServedModel(models.Model):
     pool = models.CharField(
         max_length=32,
         default="default",
-        validators=[RegexValidator(r"^[a-z0-9-]{1,32}$")],
+        validators=[RegexValidator(r"^[a-z0-9-]{1,32}\Z")],
         help_text="The group of workers that holds this model.",
     )
 
@@ -84,6 +89,49 @@ class ServedModel(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        """What one field's validators cannot see. Raises ValidationError with a sentence for each field at fault."""
+        problems = {
+            "aliases": list(self._alias_problems()),
+            "name": list(self._name_problems()),
+            "n_ctx": list(self._context_problems()),
+            "capabilities": []
+            if isinstance(self.capabilities, dict)
+            else ['Use an object such as {"generate": true}.'],
+        }
+        if found := {field: sentences for field, sentences in problems.items() if sentences}:
+            raise ValidationError(found)
+
+    def _alias_problems(self) -> Iterator[str]:
+        if not isinstance(self.aliases, list) or not all(isinstance(alias, str) for alias in self.aliases):
+            yield 'Use a list of names such as ["default-chat"].'
+            return
+        if len(self.aliases) > MAX_ALIASES:
+            yield f"{MAX_ALIASES} are the most."
+            return
+        for alias in self.aliases:
+            if not re.fullmatch(model_name_validator.regex, alias):
+                yield f"{alias[:100]!r}: {model_name_validator.message}"
+        if len({self.name, *self.aliases}) <= len(self.aliases):
+            yield "A name is there twice."
+        taken = self._taken_names()
+        yield from (f"{alias!r} already means the model {taken[alias]!r}." for alias in self.aliases if alias in taken)
+
+    def _name_problems(self) -> Iterator[str]:
+        owner = self._taken_names().get(self.name)
+        if owner is not None:
+            yield f"{self.name!r} already means the model {owner!r}."
+
+    def _taken_names(self) -> dict[str, str]:
+        """Every name that other models answer to, with the model's own name."""
+        others = ServedModel.objects.exclude(pk=self.pk).values_list("name", "aliases")
+        return {taken: name for name, aliases in others for taken in (name, *aliases)}
+
+    def _context_problems(self) -> Iterator[str]:
+        trained = self.metadata.get("context_length")
+        if trained and self.n_ctx is not None and self.n_ctx > trained:
+            yield f"The model was trained for {trained} tokens; {self.n_ctx} are more."
 
 
 class Receipt(models.Model):

@@ -30,6 +30,8 @@ class Ticket:
     request_id: str
     tenant_id: int
     key_id: int
+    quota_key_id: int
+    """The key whose quota and rates count: the first of a rotation."""
     pool: str
     model_id: int
     model_name: str
@@ -46,6 +48,9 @@ class Ticket:
     """Taken from the tokens a minute."""
     stream: bool = False
     clamped: bool = False
+    """The quota left less than was asked."""
+    parent_id: str = ""
+    """The batch that this request is a part of."""
     cache_key: str | None = None
     stop: tuple[str, ...] = ()
     adapters: AdapterVector = ()
@@ -86,8 +91,8 @@ class Ticket:
 HEADER_NAMES = tuple(item.name for item in fields(Ticket) if item.name not in {"prompt", "sampling"})
 HEADER_SET = {*HEADER_NAMES, "sampling"}
 HEADER_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(["request_id", "pool", "model_name", "model_digest", "route"], (str,)),
-    **dict.fromkeys(["tenant_id", "key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
+    **dict.fromkeys(["request_id", "pool", "model_name", "model_digest", "route", "parent_id"], (str,)),
+    **dict.fromkeys(["tenant_id", "key_id", "quota_key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
     **dict.fromkeys(["reserved_tokens", "entered_tokens"], (int,)),
     **dict.fromkeys(["created_at", "queue_deadline_at", "deadline_at"], (float, int)),
     **dict.fromkeys(["stream", "clamped"], (bool,)),

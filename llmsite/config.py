@@ -14,7 +14,7 @@ import secrets
 import tempfile
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -64,7 +64,16 @@ class Config(BaseSettings):
         [], description="Origins such as `https://llm.example.org` that may post to the console behind a proxy."
     )
     secure_cookies: bool = Field(
-        False, description="Set when browsers reach the console by HTTPS: secure cookies, HSTS, redirect to HTTPS."
+        False, description="Set when browsers reach the console by HTTPS: secure cookies, redirect to HTTPS."
+    )
+    hsts_seconds: int = Field(
+        0, ge=0, le=2 * 31536000, description="Strict-Transport-Security for this long; only with SECURE_COOKIES."
+    )
+    trusted_proxies: Annotated[list[str], NoDecode] = Field(
+        [], description="Addresses or networks of the proxies whose `X-Forwarded-*` headers are believed; empty: none."
+    )
+    max_connections: int = Field(
+        2048, ge=16, le=1 << 16, description="Connections of the web process at once; above it the answer is 503."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least severe log line that is written."
@@ -129,12 +138,14 @@ class Config(BaseSettings):
         "tenants.",
     )
 
-    @field_validator("allowed_hosts", "csrf_trusted_origins", "metrics_allowed_networks", mode="before")
+    @field_validator(
+        "allowed_hosts", "csrf_trusted_origins", "metrics_allowed_networks", "trusted_proxies", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("metrics_allowed_networks")
+    @field_validator("metrics_allowed_networks", "trusted_proxies")
     @classmethod
     def _are_networks(cls, value: list[str]) -> list[str]:
         for part in value:
@@ -170,20 +181,31 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _is_safe_beyond_loopback(self) -> Config:
-        if self.host in LOOPBACK_NAMES:
-            return self
+        """The environment of a laptop must not be served to the world."""
         problems = []
-        if self.debug:
-            problems.append("DEBUG is on while HOST is not loopback: set DEBUG=false")
-        if not self.secret_key:
-            problems.append("SECRET_KEY is empty while HOST is not loopback: set it to 50 random characters")
-        if not self.key_pepper:
-            problems.append("KEY_PEPPER is empty while HOST is not loopback: set it to `1:` and 50 random characters")
-        if "*" in self.allowed_hosts:
-            problems.append("ALLOWED_HOSTS is * while HOST is not loopback: name the hosts")
+        if not self.is_loopback:
+            if self.debug:
+                problems.append("DEBUG is on while HOST is not loopback: set DEBUG=false")
+            if "*" in self.allowed_hosts:
+                problems.append("ALLOWED_HOSTS is * while HOST is not loopback: name the hosts")
+        if reason := self._why_secrets_must_be_given():
+            if not self.secret_key:
+                problems.append(f"SECRET_KEY is empty while {reason}: set it to 50 random characters")
+            if not self.key_pepper:
+                problems.append(f"KEY_PEPPER is empty while {reason}: set it to `1:` and 50 random characters")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _why_secrets_must_be_given(self) -> str:
+        """Secrets made in the state folder are right for one machine only; empty where they are."""
+        if not self.is_loopback:
+            return "HOST is not loopback"
+        for name, url in (("DATABASE_URL", self.database_url), ("REDIS_URL", self.redis_url)):
+            host = urlsplit(url).hostname
+            if host and host not in LOOPBACK_NAMES:
+                return f"{name} names another machine"
+        return ""
 
     # What follows from the fields. Paths are absolute.
 
@@ -192,8 +214,12 @@ class Config(BaseSettings):
         return self.state_dir.expanduser().resolve()
 
     @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK_NAMES
+
+    @property
     def base_url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     @property
     def embedded_valkey_socket(self) -> Path:
@@ -220,6 +246,21 @@ class Config(BaseSettings):
             return f"redis+socket://{path}?virtual_host=0"
         return url
 
+    @property
+    def broker_options(self) -> dict[str, Any]:
+        """Celery's options of the Redis transport, the same for web, worker and beat."""
+        is_socket = self.broker_url.startswith("redis+socket")
+        return {
+            "visibility_timeout": 900,
+            "unacked_restore_interval": 2,
+            "unacked_restore_throttle": 1,
+            "health_check_interval": 10,
+            "socket_timeout": 30,
+            "socket_connect_timeout": 2,
+            "global_keyprefix": "llmsite:",
+            **({} if is_socket else {"socket_keepalive": True}),
+        }
+
     def secret(self, name: str, value: str, *, prefix: str = "") -> str:
         """The configured secret, else one kept in the state folder with mode 0600, made on first use."""
         if value:
@@ -240,18 +281,30 @@ def load() -> Config:
     """Read the environment. Raises ConfigError with all problems at once."""
     try:
         return Config()
-    except ValidationError as exc:
-        raise ConfigError([_sentence(error) for error in exc.errors()]) from exc
+    except ValidationError as error:
+        problems = _sentences(error)
+        wrong = [str(detail["loc"][0]) for detail in error.errors() if detail["loc"]]
+    # Rules between settings are not looked at while one of them is wrong: look again with those at their defaults.
+    try:
+        if wrong:
+            Config(**{name: Config.model_fields[name].default for name in wrong})
+    except ValidationError as error:
+        problems += [sentence for sentence in _sentences(error) if sentence not in problems]
+    raise ConfigError(problems)
 
 
-def _sentence(error: object) -> str:
-    assert isinstance(error, dict)
-    name = ".".join(str(part) for part in error["loc"]).upper() or "environment"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    given = "" if error["type"] in {"missing"} or name == "environment" else f" (got {error['input']!r})"
-    if any(word in name for word in ("SECRET", "PEPPER", "URL")):
-        given = ""  # a wrong secret is still a secret
-    return f"{name}: {message}{given}"
+def _sentences(error: ValidationError) -> list[str]:
+    sentences: list[str] = []
+    for detail in error.errors():
+        message = str(detail["msg"]).removeprefix("Value error, ")
+        if not detail["loc"]:
+            sentences += message.split("; ")  # rules between settings name them themselves
+            continue
+        name = str(detail["loc"][0]).upper()
+        is_secret = any(word in name for word in ("SECRET", "PEPPER", "URL"))  # a wrong secret is still a secret
+        given = "" if is_secret or detail["type"] == "missing" else f" (got {str(detail['input'])[:100]!r})"
+        sentences.append(f"{name}: {message}{given}")
+    return sentences
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ CSRF_TRUSTED_ORIGINS = CONFIG.csrf_trusted_origins
 
 INSTALLED_APPS = [
     "unfold",
+    "unfold.contrib.filters",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -75,7 +76,7 @@ def _database(url: str) -> dict[str, Any]:
             "TEST": {"NAME": str(CONFIG.state / "test.sqlite3")},  # a file: threads of a test must see WAL, not memory
             "OPTIONS": {
                 "transaction_mode": "IMMEDIATE",
-                "timeout": 20,
+                "timeout": 5,
                 "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
             },
         }
@@ -87,7 +88,14 @@ def _database(url: str) -> dict[str, Any]:
         "PASSWORD": unquote(parts.password or ""),
         "HOST": parts.hostname or "",
         "PORT": str(parts.port or ""),
-        "OPTIONS": {"pool": {"min_size": 1, "max_size": CONFIG.web_threads + 8}, **dict(parse_qsl(parts.query))},
+        "CONN_HEALTH_CHECKS": True,
+        "OPTIONS": {
+            "pool": {"min_size": 1, "max_size": CONFIG.web_threads + 8, "timeout": 3},
+            "connect_timeout": 3,
+            # a lock held by a process that hangs must not take the site with it
+            "options": "-c lock_timeout=2s -c idle_in_transaction_session_timeout=10s",
+            **dict(parse_qsl(parts.query)),
+        },
     }
 
 
@@ -96,9 +104,10 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 CACHES = {
     "default": {
-        "BACKEND": "django.core.cache.backends.redis.RedisCache",
+        "BACKEND": "llmsite.cache.SharedRedisCache",
         "LOCATION": CONFIG.redis(1),
         "KEY_PREFIX": "llmsite",
+        "OPTIONS": {"socket_timeout": 2, "socket_connect_timeout": 0.5},
     }
 }
 REDIS_URL = CONFIG.redis(0)
@@ -113,14 +122,8 @@ CELERY_WORKER_SEND_TASK_EVENTS = False
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 CELERY_TIMEZONE = "UTC"
-CELERY_BROKER_TRANSPORT_OPTIONS = {
-    "visibility_timeout": 900,
-    "unacked_restore_interval": 2,
-    "unacked_restore_throttle": 1,
-    "socket_keepalive": not CONFIG.broker_url.startswith("redis+socket"),
-    "health_check_interval": 10,
-    "global_keyprefix": "llmsite:",
-}
+CELERY_TASK_PUBLISH_RETRY = False  # the web refuses with 503 rather than hold an admission thread
+CELERY_BROKER_TRANSPORT_OPTIONS = CONFIG.broker_options
 
 # Requests per minute: counted by django-ratelimit behind accounts/throttling.py, which adds what it lacks.
 RATELIMIT_USE_CACHE = "default"
@@ -164,9 +167,8 @@ WHITENOISE_USE_FINDERS = True
 SECURE_SSL_REDIRECT = CONFIG.secure_cookies
 SESSION_COOKIE_SECURE = CONFIG.secure_cookies
 CSRF_COOKIE_SECURE = CONFIG.secure_cookies
-SECURE_HSTS_SECONDS = 31536000 if CONFIG.secure_cookies else 0
-SECURE_HSTS_INCLUDE_SUBDOMAINS = CONFIG.secure_cookies
-SECURE_HSTS_PRELOAD = CONFIG.secure_cookies
+# No SECURE_PROXY_SSL_HEADER: uvicorn sets the scheme from X-Forwarded-Proto, and only for TRUSTED_PROXIES.
+SECURE_HSTS_SECONDS = CONFIG.hsts_seconds if CONFIG.secure_cookies else 0
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_AGE = 12 * 3600
 X_FRAME_OPTIONS = "DENY"

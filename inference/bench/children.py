@@ -33,9 +33,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def child(
-    command: Sequence[str], log: Path, *, env: Mapping[str, str], cwd: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def child(command: Sequence[str], log: Path, *, env: Mapping[str, str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command for as long as the block lasts: TERM at its end, KILL for what is left after STOP_SECONDS."""
     with log.open("ab") as output:
         process = lifeline.spawn(

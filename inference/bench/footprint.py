@@ -103,7 +103,7 @@ def process_name(command: list[str]) -> str:
     """What a process is, by its command line: a role of llmsite's, else the program's name."""
     words = [Path(word).name for word in command if word]
     for word in words:
-        if word.startswith("valkey-server") or word.startswith("redis-server"):
+        if word.startswith(("valkey-server", "redis-server")):
             return "valkey"
     roles = [ROLES[word.partition(":")[0]] for word in words if word.partition(":")[0] in ROLES]
     if "beat" in roles:

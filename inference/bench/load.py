@@ -1,7 +1,7 @@
 """The load generator: closed-loop clients on kept-alive connections, in a process of its own.
 
-`run_load` (called by the benchmark) starts `python -m inference.bench.load`, which reads one LoadJob from standard input
-and writes one LoadResult to standard output, both JSON. Django is never imported here.
+`run_load` (called by the benchmark) starts `python -m inference.bench.load`, which reads one LoadJob from standard
+input and writes one LoadResult to standard output, both JSON. Django is never imported here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ GRACE_SECONDS = 90.0
 class LoadJob:
     """What to send, by how many clients, for how long.
 
-    bodies: JSON texts, taken in turn. marker: what the first token looks like in a stream. expect: what each answer must
-    contain. Answers that arrive in the first warmup_seconds are checked and not counted. max_requests bounds the job by
-    number as well (0: no bound).
+    bodies: JSON texts, taken in turn. marker: what the first token looks like in a stream. expect: what each answer
+    must contain. Answers that arrive in the first warmup_seconds are checked and not counted. max_requests bounds the
+    job by number as well (0: no bound).
     """
 
     port: int

@@ -1,4 +1,4 @@
-"""The LiteLLM proxy, set up and started as its documentation says: one worker, a master key, no database, no accounting.
+"""The LiteLLM proxy, set up and started as its documentation says: one worker, a master key, no database.
 
 It lives in an environment of its own under build/, made from requirements/bench.txt on first use.
 """
@@ -14,7 +14,7 @@ import sys
 import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from inference.bench import children, upstream
@@ -25,8 +25,7 @@ ENVIRONMENT = ROOT / "build" / "bench" / "litellm"
 INSTALL_SECONDS = 900
 START_SECONDS = 120
 PATH = "/v1/chat/completions"
-PYTHONS = ((3, 10), (3, 14))
-"""LiteLLM's proxy runs on Pythons from the first up to, not including, the second."""
+MARK = "installed.txt"
 
 Say = Callable[[str], None]
 
@@ -41,7 +40,7 @@ class Peer:
 
     port: int
     pid: int
-    master_key: str
+    master_key: str = field(repr=False)
     version: str
     command: str
     start_seconds: float
@@ -49,9 +48,8 @@ class Peer:
 
 def install(say: Say, environment: Path = ENVIRONMENT, requirements: Path = REQUIREMENTS) -> Path:
     """The environment's folder, made or renewed if the lock file or the interpreter changed. Raises PeerUnavailable."""
-    mark = environment / "installed.txt"
-    wanted = f"{hashlib.sha256(requirements.read_bytes()).hexdigest()} {sys.version_info[0]}.{sys.version_info[1]}"
-    if mark.exists() and mark.read_text() == wanted:
+    mark = environment / MARK
+    if mark.exists() and mark.read_text() == _wanted(requirements):
         return environment
     if environment.exists():
         shutil.rmtree(environment)
@@ -59,8 +57,18 @@ def install(say: Say, environment: Path = ENVIRONMENT, requirements: Path = REQU
     venv.create(environment, with_pip=True)
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--require-hashes", "--no-input"]
     _pip([*command, "--progress-bar", "off", "-r", str(requirements)], environment / "install.log", say)
-    mark.write_text(wanted)
+    mark_installed(environment, requirements)
     return environment
+
+
+def mark_installed(environment: Path, requirements: Path) -> None:
+    """Note what the environment holds: the next run compares it with the lock file."""
+    (environment / MARK).write_text(_wanted(requirements))
+
+
+def _wanted(requirements: Path) -> str:
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return f"{hashlib.sha256(requirements.read_bytes()).hexdigest()} {python}"
 
 
 def _pip(command: list[str], log: Path, say: Say) -> None:
@@ -125,7 +133,8 @@ def running(environment: Path, scratch: Path, upstream_port: int, *, num_workers
             )
         except children.NotStarted as error:
             raise PeerUnavailable(str(error)) from error
-        shown = f"LITELLM_LOCAL_MODEL_COST_MAP=True LITELLM_MASTER_KEY=... litellm --config litellm.yaml --num_workers {num_workers}"
+        settings_shown = "LITELLM_LOCAL_MODEL_COST_MAP=True LITELLM_MASTER_KEY=..."
+        shown = f"{settings_shown} litellm --config litellm.yaml --num_workers {num_workers}"
         yield Peer(
             port=port,
             pid=process.pid,

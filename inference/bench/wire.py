@@ -1,6 +1,6 @@
-"""HTTP/1.1 on one kept-alive connection, as cheaply as Python allows: the load generator must not be what is measured.
+"""HTTP/1.1 on one kept-alive connection, as cheaply as Python allows: the load generator must not be the bottleneck.
 
-Runs on the load generator's event loop only. Knows bytes and clocks, not what is asked or why (inference/bench/load.py).
+Runs on the load generator's event loop. Knows bytes and clocks, not what is asked or why (inference/bench/load.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The step's clock: what goes into this batch, and which tokens come out.
+
+It has never heard of a tenant, a URL, a Celery task, Redis or a database row. Used by the worker through EngineRunner;
+importing this package loads neither numpy nor llama.cpp: LlamaBackend is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from inference.engine.backend import Backend, SlotWork
+from inference.engine.costs import CostCurve
+from inference.engine.fake_backend import FakeBackend
+from inference.engine.runner import EngineRunner
+from inference.engine.stats import EngineStats
+from inference.engine.types import (
+    DEFAULT_SAMPLERS,
+    AdapterVector,
+    Delta,
+    EngineError,
+    EventSink,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Receipt,
+    SamplingParams,
+    Started,
+    TokenEvent,
+)
+
+if TYPE_CHECKING:
+    from inference.engine.llama_backend import LlamaBackend
+else:
+
+    def __getattr__(name: str) -> object:
+        """LlamaBackend, by name: importing it here would load llama.cpp into every process that knows the types."""
+        if name == "LlamaBackend":
+            return import_module("inference.engine.llama_backend").LlamaBackend
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "DEFAULT_SAMPLERS",
+    "AdapterVector",
+    "Backend",
+    "CostCurve",
+    "Delta",
+    "EngineError",
+    "EngineRunner",
+    "EngineStats",
+    "EventSink",
+    "FakeBackend",
+    "FinishReason",
+    "Finished",
+    "GenerationRequest",
+    "LlamaBackend",
+    "Receipt",
+    "SamplingParams",
+    "SlotWork",
+    "Started",
+    "TokenEvent",
+]

@@ -38,7 +38,7 @@ class TextAssembler:
         return self._hold(text)
 
     def finish(self) -> str:
-        """End the sequence: return the held text, which is no stop string after all. An incomplete character is lost."""
+        """End: return the held text, which is no stop string after all. An incomplete character is lost."""
         text, self._held = self._held, ""
         self._decoder.reset()
         return text

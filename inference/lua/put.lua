@@ -1,29 +1,24 @@
--- A new ticket joins its tenant's queue in its pool. Returns 1, or 0 where the tenant's queue is full.
--- KEYS: ticket. ARGV: id, pool, tenant, created_at, queue_deadline_at, ttl seconds, queue length limit or '',
---       header, prompt, key id, model, stream flag.
-local id, pool, tenant = ARGV[1], ARGV[2], ARGV[3]
+-- A new ticket joins its tenant's queue. Returns 1, or 0 where the tenant's queue is full.
+-- KEYS: ticket. ARGV: id, pool, model id, tenant, key, seconds it may wait, ttl seconds, queue length limit or '',
+--       header, prompt.
+local id, pool, model, tenant = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return 1 -- the reply to the first attempt was lost
 end
-local queue = 'queue:' .. pool .. ':' .. tenant
-if ARGV[7] ~= '' and redis.call('ZCARD', queue) >= tonumber(ARGV[7]) then
-  -- The limit counts tickets that wait for a slot: while a worker has one free, nothing waits.
-  local free = -redis.call('ZCARD', 'waiting:' .. pool)
-  local slots = redis.call('HGETALL', 'slots:' .. pool)
-  for i = 1, #slots, 2 do
-    if redis.call('EXISTS', 'worker:' .. slots[i]) == 1 then
-      free = free + tonumber(slots[i + 1]) - redis.call('HLEN', 'leases:' .. slots[i])
-    end
-  end
-  if free <= 0 then
-    return 0
-  end
+-- The limit counts tickets that wait for a slot: while a worker has one free, nothing waits.
+if ARGV[8] ~= '' and redis.call('SCARD', 'queued:' .. tenant) >= tonumber(ARGV[8])
+  and free_slots(pool) <= redis.call('ZCARD', 'waiting:' .. pool) then
+  return 0
 end
-redis.call('HSET', KEYS[1], 'state', 'waiting', 'token', 0, 'header', ARGV[8], 'prompt', ARGV[9],
-  'pool', pool, 'tenant', tenant, 'key', ARGV[10], 'model', ARGV[11], 'created_at', ARGV[4])
-redis.call('EXPIRE', KEYS[1], ARGV[6])
-redis.call('ZADD', queue, ARGV[4], id)
-redis.call('ZADD', 'heads:' .. pool, 'LT', ARGV[4], tenant)
-redis.call('ZADD', 'waiting:' .. pool, ARGV[5], id)
+local now = time()
+redis.call('HSET', KEYS[1], 'state', 'waiting', 'token', 0, 'pool', pool, 'model', model, 'tenant', tenant,
+  'key', ARGV[5], 'created_at', text(now), 'header', ARGV[9], 'prompt', ARGV[10])
+redis.call('EXPIRE', KEYS[1], ARGV[7])
+redis.call('ZADD', 'queue:' .. pool .. ':' .. model .. ':' .. tenant, text(now), id)
+redis.call('ZADD', 'heads:' .. pool .. ':' .. model, 'LT', text(now), tenant)
+redis.call('ZADD', 'waiting:' .. pool, text(now + tonumber(ARGV[6])), id)
+redis.call('SADD', 'queued:' .. tenant, id)
+redis.call('SADD', 'of:key:' .. ARGV[5], id)
+redis.call('SADD', 'of:tenant:' .. tenant, id)
 redis.call('SADD', 'pools', pool)
 return 1

@@ -1,31 +1,32 @@
--- The oldest waiting ticket of a pool is leased to a worker. Returns {header, prompt, token}, or nil.
--- The prompt leaves Redis here: what a worker has is never handed to a second one.
--- ARGV: pool, worker, now.
+-- The oldest waiting ticket among some models of a pool is leased to a worker. Returns {id, header, prompt, token} or nil.
+-- The prompt leaves Redis here: what a worker has had is never handed to a second one.
+-- ARGV: pool, worker, model ids...
 local pool, worker = ARGV[1], ARGV[2]
-local heads = 'heads:' .. pool
 while true do
-  local head = redis.call('ZRANGE', heads, 0, 0)
-  if #head == 0 then
+  local model, tenant, arrival
+  for i = 3, #ARGV do
+    local head = redis.call('ZRANGE', 'heads:' .. pool .. ':' .. ARGV[i], 0, 0, 'WITHSCORES')
+    if #head > 0 and (not arrival or tonumber(head[2]) < arrival) then
+      model, tenant, arrival = ARGV[i], head[1], tonumber(head[2])
+    end
+  end
+  if not model then
     return nil
   end
-  local queue = 'queue:' .. pool .. ':' .. head[1]
-  local first = redis.call('ZPOPMIN', queue)
-  local next_one = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
-  if #next_one == 0 then
-    redis.call('ZREM', heads, head[1])
+  local first = redis.call('ZRANGE', 'queue:' .. pool .. ':' .. model .. ':' .. tenant, 0, 0)
+  if #first == 0 then
+    update_head(pool, model, tenant)
   else
-    redis.call('ZADD', heads, next_one[2], head[1])
-  end
-  if #first > 0 then
-    local ticket = 'ticket:' .. first[1]
-    redis.call('ZREM', 'waiting:' .. pool, first[1])
+    local id = first[1]
+    local ticket = 'ticket:' .. id
+    unqueue(id, pool, model, tenant)
     local parts = redis.call('HMGET', ticket, 'state', 'header', 'prompt')
     if parts[1] == 'waiting' then -- otherwise its hash has expired: nobody waits for it any more
       local token = redis.call('HINCRBY', ticket, 'token', 1)
-      redis.call('HSET', ticket, 'state', 'leased', 'worker', worker, 'leased_at', ARGV[3])
+      redis.call('HSET', ticket, 'state', 'leased', 'worker', worker)
       redis.call('HDEL', ticket, 'prompt')
-      redis.call('HSET', 'leases:' .. worker, first[1], token)
-      return {parts[2], parts[3], token}
+      redis.call('HSET', 'leases:' .. worker, id, token)
+      return {id, parts[2], parts[3], token}
     end
   end
 end

@@ -56,11 +56,11 @@ class Migration(migrations.Migration):
             name='ServedModel',
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(max_length=100, unique=True, validators=[django.core.validators.RegexValidator('^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$', 'Use 1 to 100 letters, digits, dots, dashes, underscores and slashes.')])),
+                ('name', models.CharField(max_length=100, unique=True, validators=[django.core.validators.RegexValidator('^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}\\Z', 'Use 1 to 100 letters, digits, dots, dashes, underscores and slashes.')])),
                 ('aliases', models.JSONField(blank=True, default=list, help_text='Other names, such as ["default-chat"].')),
                 ('is_default', models.BooleanField(default=False, help_text='Serves requests that name no model. Exactly one.')),
                 ('visibility', models.CharField(choices=[('shared', 'Every tenant'), ('granted', 'Granted tenants only')], default='shared', max_length=8)),
-                ('pool', models.CharField(default='default', help_text='The group of workers that holds this model.', max_length=32, validators=[django.core.validators.RegexValidator('^[a-z0-9-]{1,32}$')])),
+                ('pool', models.CharField(default='default', help_text='The group of workers that holds this model.', max_length=32, validators=[django.core.validators.RegexValidator('^[a-z0-9-]{1,32}\\Z')])),
                 ('path', models.CharField(help_text="GGUF file on the worker's disk.", max_length=1000)),
                 ('digest', models.CharField(editable=False, help_text='SHA-256 of the file.', max_length=64)),
                 ('size_bytes', models.BigIntegerField(default=0, editable=False)),

@@ -1,0 +1,347 @@
+"""The operator's pages for served models and receipts.
+
+A model is registered by its path: the form inspects the file in a child process and shows what is wrong on the field.
+Receipts are read-only and listed without ever counting the table. Writes go through inference/registry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import redis
+from django import forms
+from django.contrib import admin, messages
+from django.contrib.admin.views.main import ChangeList
+from django.core.paginator import Paginator
+from django.db import transaction
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+from unfold.admin import ModelAdmin
+from unfold.contrib.filters.admin import AutocompleteSelectFilter
+
+from inference import queue, registry
+from inference.inspection import RegistrationError
+from inference.models import Receipt, ServedModel
+
+if TYPE_CHECKING:  # Django's own classes take no type arguments at run time
+    ServedModelFormBase = forms.ModelForm[ServedModel]
+    ServedModelAdminBase = ModelAdmin[ServedModel]
+    ReceiptAdminBase = ModelAdmin[Receipt]
+    PaginatorBase = Paginator[Receipt]
+else:
+    ServedModelFormBase, PaginatorBase = forms.ModelForm, Paginator
+    ServedModelAdminBase = ReceiptAdminBase = ModelAdmin
+
+MOST_COUNTED = 10_000
+FACTS = (
+    ("architecture", "Architecture"),
+    ("title", "Title in the file"),
+    ("license", "License"),
+    ("quantization", "File type"),
+    ("num_parameters", "Parameters"),
+    ("num_tensors", "Tensors"),
+    ("context_length", "Trained context"),
+    ("block_count", "Layers"),
+    ("embedding_length", "Embedding"),
+    ("vocabulary_size", "Vocabulary"),
+    ("tokenizer_model", "Tokenizer"),
+    ("bos_token_id", "BOS token"),
+    ("eos_token_id", "EOS token"),
+)
+
+
+# Live state
+
+
+def live_states() -> Mapping[int, str]:
+    """What the workers say about each model, by its id. Raises redis.RedisError."""
+    found: dict[int, list[str]] = {}
+    for worker in queue.ticket_queue().workers():
+        for model_id, state in worker.info.get("models", {}).items():
+            found.setdefault(int(model_id), []).append(_describe_state(worker.worker_id, state))
+    return {model_id: "; ".join(states) for model_id, states in found.items()}
+
+
+def _describe_state(worker_id: str, state: Mapping[str, Any]) -> str:
+    if state.get("error"):
+        return f"failed on {worker_id}: {state['error']}"
+    if not state.get("loaded", True):
+        return f"not loaded on {worker_id}"
+    return f"loaded on {worker_id}, {state.get('busy_slots', 0)} of {state.get('num_slots', '?')} slots busy"
+
+
+def live_state(model: ServedModel, states: Mapping[int, str]) -> str:
+    if model.load_mode == ServedModel.LoadMode.OFF and model.pk not in states:
+        return "off"
+    return states.get(model.pk, "no worker holds it")
+
+
+def states_or_reason() -> tuple[Mapping[int, str], str | None]:
+    try:
+        return live_states(), None
+    except redis.RedisError:
+        return {}, "unknown: Redis does not answer"
+
+
+# Served models
+
+
+class ServedModelForm(ServedModelFormBase):
+    """Inspects the file when its path is new; everything that is wrong with it is an error of the field `path`."""
+
+    inspect_again = forms.BooleanField(
+        required=False, label="Inspect the file again", help_text="After it was replaced under the same path."
+    )
+
+    def clean(self) -> dict[str, Any] | None:
+        cleaned = super().clean()
+        if not self.errors and "path" in self.fields and self._is_due():
+            self._inspect(self.cleaned_data["path"])
+        return cleaned
+
+    def _is_due(self) -> bool:
+        return not self.instance.digest or "path" in self.changed_data or bool(self.cleaned_data.get("inspect_again"))
+
+    def _inspect(self, path: str) -> None:
+        try:
+            inspected = registry.examine(path)
+        except RegistrationError as error:
+            self.add_error("path", error.message)
+            return
+        self.cleaned_data["path"] = str(inspected.path)
+        self.instance.digest = inspected.digest
+        self.instance.size_bytes = inspected.size_bytes
+        self.instance.metadata = inspected.metadata
+
+
+@admin.register(ServedModel)
+class ServedModelAdmin(ServedModelAdminBase):
+    form = ServedModelForm
+    list_display = (
+        "name",
+        "is_default",
+        "worker_state",
+        "file_type",
+        "slots",
+        "memory",
+        "load_mode",
+        "visibility",
+        "pool",
+    )
+    list_filter = ("load_mode", "visibility", "pool")
+    search_fields = ("name",)
+    autocomplete_fields = ("granted_tenants",)
+    readonly_fields = (
+        "is_default",
+        "worker_state",
+        "memory_in_detail",
+        "digest",
+        "size",
+        "facts",
+        "chat_template",
+        "created_at",
+        "updated_at",
+    )
+    actions = ("make_default", "load_eagerly", "load_on_request", "switch_off")
+    fieldsets = (
+        (None, {"fields": ("name", "aliases", "path", "inspect_again", "is_default", "notes")}),
+        ("Who may use it", {"fields": ("visibility", "granted_tenants")}),
+        (
+            "How it is served",
+            {
+                "fields": (
+                    ("n_ctx", "n_slots"),
+                    ("n_threads", "n_gpu_layers"),
+                    ("kv_type", "pool"),
+                    ("load_mode", "keep_alive_seconds"),
+                    "capabilities",
+                )
+            },
+        ),
+        ("Now", {"fields": ("worker_state", "memory_in_detail")}),
+        ("The file", {"fields": ("digest", "size", "facts", "chat_template", ("created_at", "updated_at"))}),
+    )
+    fields_for_registration = (
+        (None, {"fields": ("name", "path", "aliases", "notes")}),
+        *fieldsets[1:3],
+    )
+
+    def get_fieldsets(self, request: HttpRequest, obj: ServedModel | None = None) -> Any:
+        return self.fieldsets if obj else self.fields_for_registration
+
+    def get_changelist_instance(self, request: HttpRequest) -> ChangeList:
+        """One question to Redis for the whole page."""
+        page = super().get_changelist_instance(request)
+        states, reason = states_or_reason()
+        for row in page.result_list:
+            row.live_state = reason or live_state(row, states)
+        return page
+
+    # What the pages show
+
+    @admin.display(description="Worker")
+    def worker_state(self, row: ServedModel) -> str:
+        known: str | None = getattr(row, "live_state", None)
+        if known is None:
+            states, reason = states_or_reason()
+            known = reason or live_state(row, states)
+        return known
+
+    @admin.display(description="File type")
+    def file_type(self, row: ServedModel) -> str:
+        return str(row.metadata.get("quantization", ""))
+
+    @admin.display(description="Slots × context")
+    def slots(self, row: ServedModel) -> str:
+        return f"{row.n_slots} × {row.n_ctx}"
+
+    @admin.display(description="Size of the file")
+    def size(self, row: ServedModel) -> str:
+        return _megabytes(row.size_bytes)
+
+    @admin.display(description="Memory")
+    def memory(self, row: ServedModel) -> str:
+        return _megabytes(_estimate(row).total_bytes)
+
+    @admin.display(description="Memory in the worker, about")
+    def memory_in_detail(self, row: ServedModel) -> str:
+        need = _estimate(row)
+        return (
+            f"{_megabytes(need.total_bytes)}: weights {_megabytes(need.weights_bytes)}, "
+            f"key-value cache {_megabytes(need.kv_bytes)}, computing {_megabytes(need.compute_bytes)}"
+        )
+
+    @admin.display(description="What the file says")
+    def facts(self, row: ServedModel) -> SafeString:
+        known = [(label, row.metadata[name]) for name, label in FACTS if row.metadata.get(name) not in (None, "")]
+        return format_html_join("", "<div><strong>{}</strong>: {}</div>", known)
+
+    @admin.display(description="Chat template")
+    def chat_template(self, row: ServedModel) -> SafeString | str:
+        template = row.metadata.get("chat_template")
+        return format_html('<pre style="white-space: pre-wrap">{}</pre>', template) if template else "none"
+
+    # What they change
+
+    def save_model(self, request: HttpRequest, obj: ServedModel, form: Any, change: bool) -> None:
+        with transaction.atomic():
+            super().save_model(request, obj, form, change)
+            registry.settle_default()
+            registry.changed()
+
+    def save_related(self, request: HttpRequest, form: Any, formsets: Any, change: bool) -> None:
+        super().save_related(request, form, formsets, change)
+        registry.changed()  # the grants come after the row
+
+    def delete_model(self, request: HttpRequest, obj: ServedModel) -> None:
+        registry.remove([obj.pk])
+
+    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[ServedModel]) -> None:
+        registry.remove(queryset.values_list("pk", flat=True))
+
+    @admin.action(description="Make it the default model", permissions=["change"])
+    def make_default(self, request: HttpRequest, queryset: QuerySet[ServedModel]) -> None:
+        chosen = list(queryset[:2])
+        if len(chosen) != 1:
+            self.message_user(request, "Choose exactly one model.", messages.ERROR)
+            return
+        registry.make_default(chosen[0].pk)
+        self.message_user(request, f"{chosen[0].name} is the default model now.", messages.SUCCESS)
+
+    @admin.action(description="Load when the worker starts", permissions=["change"])
+    def load_eagerly(self, request: HttpRequest, queryset: QuerySet[ServedModel]) -> None:
+        self._set_load_mode(request, queryset, ServedModel.LoadMode.EAGER)
+
+    @admin.action(description="Load on the first request", permissions=["change"])
+    def load_on_request(self, request: HttpRequest, queryset: QuerySet[ServedModel]) -> None:
+        self._set_load_mode(request, queryset, ServedModel.LoadMode.LAZY)
+
+    @admin.action(description="Switch off", permissions=["change"])
+    def switch_off(self, request: HttpRequest, queryset: QuerySet[ServedModel]) -> None:
+        self._set_load_mode(request, queryset, ServedModel.LoadMode.OFF)
+
+    def _set_load_mode(self, request: HttpRequest, queryset: QuerySet[ServedModel], mode: ServedModel.LoadMode) -> None:
+        count = registry.set_load_mode(queryset.values_list("pk", flat=True), mode)
+        self.message_user(request, f"{count} changed: {mode.label.lower()}.", messages.SUCCESS)
+
+
+def _estimate(row: ServedModel) -> registry.MemoryEstimate:
+    return registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+# Receipts
+
+
+class UncountedPaginator(PaginatorBase):
+    """Counts to MOST_COUNTED and no further: a list of a million rows opens as fast as one of ten thousand."""
+
+    @cached_property
+    def count(self) -> int:
+        rows = self.object_list
+        if isinstance(rows, QuerySet):
+            return rows.order_by()[:MOST_COUNTED].count()
+        return len(rows)
+
+
+class ModelNameFilter(admin.SimpleListFilter):
+    """By registered name: the distinct names of all receipts would be a scan of them all."""
+
+    title = "model"
+    parameter_name = "model"
+
+    def lookups(self, request: HttpRequest, model_admin: admin.ModelAdmin[Any]) -> list[tuple[str, str]]:
+        return [(name, name) for name in ServedModel.objects.order_by("name").values_list("name", flat=True)]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Receipt]) -> QuerySet[Receipt]:
+        return queryset.filter(model=self.value()) if self.value() else queryset
+
+
+@admin.register(Receipt)
+class ReceiptAdmin(ReceiptAdminBase):
+    """Nothing here is ever changed or added by hand."""
+
+    list_display = (
+        "request_id",
+        "created_at",
+        "tenant",
+        "model",
+        "status",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+        "batch",
+        "total_seconds",
+    )
+    list_select_related = ("tenant",)
+    list_filter = ("status", ModelNameFilter, ("tenant", AutocompleteSelectFilter))
+    list_filter_submit = True
+    search_fields = ("request_id__exact",)
+    search_help_text = "The whole id of a request."
+    sortable_by = ()
+    show_full_result_count = False
+    paginator = UncountedPaginator
+    list_per_page = 50
+
+    @admin.display(description="Batch")
+    def batch(self, row: Receipt) -> str:
+        return f"{row.mean_batch_size:.1f}"
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Receipt]:
+        return super().get_queryset(request).select_related("tenant", "key")
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Receipt | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Receipt | None = None) -> bool:
+        return False

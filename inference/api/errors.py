@@ -1,0 +1,243 @@
+"""From whatever went wrong to one Refusal, and from a Refusal's code to an HTTP status: the only such table.
+
+A dialect is an ErrorShape: it words the body and may move a few statuses; codes stay the same in all of them. Called at
+the end of every view of the API (async_view.py, and DRF's EXCEPTION_HANDLER for the operator's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import orjson
+import pydantic
+import structlog
+from django.core.exceptions import PermissionDenied, SuspiciousOperation
+from django.core.exceptions import ValidationError as ModelValidationError
+from django.db import DatabaseError, InterfaceError, OperationalError
+from django.db.models.deletion import ProtectedError
+from django.http import Http404, HttpResponse
+from kombu.exceptions import OperationalError as BrokerError
+from redis import exceptions as redis_errors
+from rest_framework import exceptions as drf
+from rest_framework.response import Response
+
+from accounts.refusals import Refusal
+
+log = structlog.get_logger("llmsite.errors")
+
+STATUS: dict[str, int] = {
+    "invalid_json": 400,
+    "bad_request": 400,
+    "context_length_exceeded": 400,
+    "capability_not_supported": 400,
+    "tokenizer_failed": 400,
+    "missing_api_key": 401,
+    "invalid_api_key": 401,
+    "expired_api_key": 401,
+    "quota_exhausted": 402,
+    "forbidden": 403,
+    "tenant_suspended": 403,
+    "not_found": 404,
+    "model_not_found": 404,
+    "method_not_allowed": 405,
+    "not_acceptable": 406,
+    "request_timeout": 408,
+    "conflict": 409,
+    "request_cancelled": 409,
+    "request_too_large": 413,
+    "unsupported_media_type": 415,
+    "validation_error": 422,
+    "rate_limit_exceeded": 429,
+    "too_many_concurrent_requests": 429,
+    "quota_reserved": 429,
+    "internal_error": 500,
+    "generation_failed": 500,
+    "capability_disabled": 501,
+    "queue_full": 503,
+    "queue_timeout": 503,
+    "service_unavailable": 503,
+    "llm_not_loaded": 503,
+    "llm_unavailable": 503,
+    "no_model": 503,
+    "worker_lost": 503,
+    "generation_timeout": 504,
+}
+"""Every code that any room may refuse with; a test holds it against the source."""
+
+NEVER_RETRY = frozenset({"quota_exhausted", "request_cancelled", "conflict"})
+"""Clients that retry 409 and 429 by themselves are told not to."""
+
+OUTAGES = (
+    OperationalError,
+    InterfaceError,
+    BrokerError,
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.ReadOnlyError,
+    redis_errors.OutOfMemoryError,
+    redis_errors.ClusterDownError,
+)
+"""A dependency that does not answer, is locked or is full. It passes: 503, never 500."""
+
+JSON_TYPE = "application/json"
+
+
+class ErrorShape(Protocol):
+    """How one dialect words a refusal."""
+
+    def status(self, code: str) -> int: ...
+
+    def body(self, refusal: Refusal, request_id: str) -> bytes: ...
+
+
+class NativeErrors:
+    """Flat: {"code", "message", "extra"?, "request_id"}."""
+
+    def status(self, code: str) -> int:
+        return STATUS.get(code, 500)
+
+    def body(self, refusal: Refusal, request_id: str) -> bytes:
+        content: dict[str, Any] = {"code": refusal.code, "message": refusal.message, "request_id": request_id}
+        extra = {name: value for name, value in refusal.extra.items() if not name.startswith("_")}
+        if refusal.retry_after is not None:
+            extra.setdefault("retry_after", whole_seconds(refusal.retry_after))
+        if extra:
+            content["extra"] = extra
+        return orjson.dumps(content, default=str)
+
+
+NATIVE = NativeErrors()
+
+
+def whole_seconds(seconds: float) -> int:
+    """For Retry-After: rounded up, at least 1."""
+    return max(1, math.ceil(seconds))
+
+
+def refusal_headers(refusal: Refusal, status: int) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(whole_seconds(refusal.retry_after))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refusal.code in NEVER_RETRY:
+        headers["x-should-retry"] = "false"
+    return headers
+
+
+def error_response(shape: ErrorShape, refusal: Refusal, request_id: str) -> HttpResponse:
+    status = shape.status(refusal.code)
+    return HttpResponse(
+        shape.body(refusal, request_id),
+        status=status,
+        content_type=JSON_TYPE,
+        headers=refusal_headers(refusal, status),
+    )
+
+
+def to_refusal(error: Exception, *, method: str, path: str, stage: str = "request") -> Refusal:
+    """What to tell the client about any exception. One that nobody foresaw is logged and told as internal_error."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, pydantic.ValidationError):
+        return body_refusal(error)
+    if isinstance(error, OUTAGES) or _is_locked(error):
+        log.warning("a dependency does not answer", error_type=type(error).__name__, path=path)
+        return Refusal("service_unavailable", "The service is busy or restarting; try again.", retry_after=2)
+    known = _from_framework(error, method)
+    if known is not None:
+        return known
+    log.error("unexpected error", exc_info=error, path=path, method=method, stage=stage)
+    return Refusal(
+        "internal_error",
+        "The server had an error while processing the request.",
+        stage=stage,
+        path=path,
+        method=method,
+        exc_type=type(error).__name__,
+    )
+
+
+def _is_locked(error: Exception) -> bool:
+    return isinstance(error, DatabaseError) and "locked" in str(error)
+
+
+def _from_framework(error: Exception, method: str) -> Refusal | None:
+    match error:
+        case Http404() | drf.NotFound():
+            return Refusal("not_found", "There is nothing here.")
+        case drf.ParseError():
+            return Refusal("invalid_json", "The request body is not valid JSON.")
+        case drf.ValidationError():
+            return validation_refusal(_drf_fields(error.detail))
+        case ModelValidationError():
+            return validation_refusal(_model_fields(error))
+        case drf.MethodNotAllowed():
+            return Refusal("method_not_allowed", f"{method} is not allowed here.")
+        case drf.UnsupportedMediaType():
+            return Refusal("unsupported_media_type", "Send the body as application/json.")
+        case drf.NotAcceptable():
+            return Refusal("not_acceptable", "The answer is application/json.")
+        case drf.NotAuthenticated() | drf.AuthenticationFailed():
+            return Refusal("missing_api_key", "Send an API key in X-API-Key or Authorization: Bearer.")
+        case drf.PermissionDenied() | PermissionDenied():
+            return Refusal("forbidden", "This key may not do that.")
+        case ProtectedError():
+            return Refusal("conflict", "Other rows refer to this one: it cannot be deleted.")
+        case SuspiciousOperation():
+            return Refusal("bad_request", "The request cannot be read.")
+    return None
+
+
+# Validation
+
+
+def body_refusal(error: pydantic.ValidationError) -> Refusal:
+    """invalid_json for text that is no JSON, validation_error for JSON of the wrong shape. Never repeats the input."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    if found and found[0]["type"] == "json_invalid":
+        return Refusal("invalid_json", "The request body is not valid JSON.")
+    return validation_refusal([field_error(item["loc"], item["msg"], item["type"]) for item in found[:32]])
+
+
+def field_error(loc: tuple[int | str, ...], message: str, kind: str) -> dict[str, Any]:
+    name = ".".join(str(part) for part in loc)[:200] or "body"
+    return {"field": name, "loc": [str(part)[:100] for part in loc[:8]], "message": message[:500], "type": kind}
+
+
+def validation_refusal(fields: list[dict[str, Any]]) -> Refusal:
+    first = f"{fields[0]['field']}: {fields[0]['message']}" if fields else "the body is not as documented"
+    return Refusal("validation_error", f"The request is not valid: {first}", stage="request_validation", fields=fields)
+
+
+def _drf_fields(detail: Any, loc: tuple[str | int, ...] = ()) -> list[dict[str, Any]]:
+    if isinstance(detail, Mapping):
+        return [item for name, value in detail.items() for item in _drf_fields(value, (*loc, str(name)))]
+    if isinstance(detail, list):
+        return [item for value in detail for item in _drf_fields(value, loc)]
+    return [field_error(loc, str(detail), str(getattr(detail, "code", "invalid")))]
+
+
+def _model_fields(error: ModelValidationError) -> list[dict[str, Any]]:
+    if hasattr(error, "error_dict"):
+        return [
+            field_error((name,), text, "invalid") for name, texts in error.message_dict.items() for text in texts
+        ]
+    return [field_error((), text, "invalid") for text in error.messages]
+
+
+# DRF's border
+
+
+def exception_handler(error: Exception, context: Mapping[str, Any]) -> Response:
+    """DRF's EXCEPTION_HANDLER: the operator's views. The view adds the headers that every answer has."""
+    from inference.api.headers import request_id_of  # headers.py needs whole_seconds
+
+    request = context["request"]._request
+    refusal = to_refusal(error, method=request.method, path=request.path, stage="operator")
+    status = NATIVE.status(refusal.code)
+    body = orjson.loads(NATIVE.body(refusal, request_id_of(request)))
+    request.refusal = refusal
+    return Response(body, status=status, headers=refusal_headers(refusal, status))

@@ -1,0 +1,123 @@
+"""A request that has been admitted, seen from the event loop: its events, its end, and its cancel. For every dialect.
+
+One StreamReader per event loop serves all requests of the process; nothing here holds a thread while it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.conf import settings
+
+from accounts.refusals import Refusal
+from inference.stream import SlowFollower, StreamEvent, StreamReader
+
+FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "cancelled"}
+"""From the engine's word to the one that clients know; every other end is an error."""
+
+_readers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, StreamReader] = weakref.WeakKeyDictionary()
+
+
+def reader() -> StreamReader:
+    """The reader of the running loop; it connects at its first `follow`."""
+    loop = asyncio.get_running_loop()
+    found = _readers.get(loop)
+    if found is None:
+        found = _readers[loop] = StreamReader(settings.REDIS_URL)
+    return found
+
+
+async def close_reader() -> None:
+    found = _readers.pop(asyncio.get_running_loop(), None)
+    if found is not None:
+        await found.stop()
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a request ended. `receipt` has the fields of engine.types.Receipt, and is empty where nothing was computed."""
+
+    reason: str
+    stop_word: str | None = None
+    error: str | None = None
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None where the request failed."""
+        return None if self.error else FINISH_REASONS.get(self.reason)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.receipt.get("prompt_tokens", 0))
+
+    @property
+    def completion_tokens(self) -> int:
+        return int(self.receipt.get("completion_tokens", 0))
+
+    def seconds(self) -> dict[str, float]:
+        """For Server-Timing."""
+        return {name: float(self.receipt.get(f"{name}_seconds", 0.0)) for name in ("queue", "prefill", "decode")}
+
+
+def ending_of(event: StreamEvent) -> Ending:
+    data = event.data
+    return Ending(data["reason"], data.get("stop_word"), data.get("error"), data.get("receipt") or {})
+
+
+def failure(ending: Ending) -> Refusal:
+    """Why a request that was admitted has no answer."""
+    code = ending.error or ending.reason
+    if code in {"worker_lost", "request_lost"}:
+        return Refusal("worker_lost", "The worker died while it served this request; nothing is charged.", retry_after=1)
+    if code == "queue_timeout":
+        return Refusal("queue_timeout", "No slot became free in time; nothing is charged.", retry_after=5)
+    if code in {"deadline", "generation_timeout"}:
+        return Refusal("generation_timeout", "The request did not end within its time.")
+    if code in {"cancelled", "request_cancelled"}:
+        return Refusal("request_cancelled", "The request was cancelled.")
+    if code in {"llm_not_loaded", "llm_unavailable", "service_unavailable", "draining", "worker_stopped"}:
+        known = code if code.startswith(("llm_", "service_")) else "service_unavailable"
+        return Refusal(known, "The worker cannot serve this model at the moment; nothing is charged.", retry_after=2)
+    return Refusal("generation_failed", "The model failed on this request; nothing is charged.", reason=code[:64])
+
+
+@dataclass(slots=True)
+class Collected:
+    """A whole answer."""
+
+    text: str
+    ending: Ending
+
+
+async def collect(request_id: str) -> Collected:
+    """Wait for the end of a request. Raises Refusal where it has no answer."""
+    parts: list[str] = []
+    async with reader().follow(request_id) as events:
+        async for event in events:
+            if event.kind == "delta":
+                parts.append(event.data["text"])
+            elif event.kind == "finished":
+                ending = ending_of(event)
+                if ending.finish_reason is None or ending.finish_reason == "cancelled":
+                    raise failure(ending)
+                return Collected("".join(parts), ending)
+    raise failure(Ending("error", error="request_lost"))
+
+
+async def follow(request_id: str, last_id: str = "0") -> AsyncGenerator[StreamEvent]:
+    """Deltas and the end. Raises Refusal if the stream breaks off, or if its reader here was too slow."""
+    try:
+        async with reader().follow(request_id, last_id) as events:
+            async for event in events:
+                if event.kind != "started":
+                    yield event
+                if event.kind == "finished":
+                    return
+    except SlowFollower as error:
+        raise Refusal("client_too_slow", "The events were not read in time.") from error
+    raise failure(Ending("error", error="request_lost"))

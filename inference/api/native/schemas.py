@@ -1,0 +1,196 @@
+"""The native dialect's bodies. Every number, string and array is bounded; unknown fields are refused.
+
+Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from django.conf import settings
+from pydantic import BaseModel, ConfigDict, Field
+
+from inference.engine.types import SamplingParams
+
+MAX_PROMPT_CHARACTERS = 1_000_000
+MAX_BATCH_PROMPTS = 64
+MAX_STOPS = 16
+MAX_LOGIT_BIASES = 1024
+
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+TokenBias = tuple[Annotated[int, Field(ge=0, le=1 << 24)], Annotated[float, Field(ge=-100, le=100)]]
+
+
+class SamplingBody(BaseModel):
+    """What the routes of this dialect have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    model: ModelName | None = Field(None, description="A name or alias of `GET /v1/models`; absent is the default.")
+    cache: bool = Field(True, description="Answer an identical earlier request from the completion cache.")
+    max_new_tokens: int | None = Field(None, ge=1, le=1 << 20, description="Output bound in tokens.")
+    temperature: float | None = Field(None, ge=0, le=5, description="0 is greedy.")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1_000_000, description="0 is off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=10, description="1 is off.")
+    repeat_last_n: int | None = Field(None, ge=-1, le=1 << 20, description="0 is off, -1 the whole context.")
+    presence_penalty: float | None = Field(None, ge=-10, le=10)
+    frequency_penalty: float | None = Field(None, ge=-10, le=10)
+    logit_bias: list[TokenBias] | None = Field(
+        None, max_length=MAX_LOGIT_BIASES, description="Pairs of token id and bias."
+    )
+    ignore_eos: bool | None = Field(None, description="Generate past the end-of-text token.")
+    seed: int | None = Field(None, ge=0, lt=1 << 32, description="The same seed gives the same text.")
+    stop: list[Stop] | None = Field(None, max_length=MAX_STOPS, description="Texts that end the output.")
+
+    def sampling(self) -> SamplingParams:
+        """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting."""
+        given: dict[str, Any] = {
+            name: value for name in SAMPLING_NAMES if (value := getattr(self, name)) is not None
+        }
+        given.setdefault("temperature", settings.CONFIG.default_temperature)
+        if "logit_bias" in given:
+            given["logit_bias"] = tuple(given["logit_bias"])
+        return SamplingParams(**given)
+
+
+SAMPLING_NAMES = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repeat_penalty",
+    "repeat_last_n",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "ignore_eos",
+    "seed",
+)
+
+
+class GenerateBody(SamplingBody):
+    """POST /v1/generate."""
+
+    prompt: Prompt
+    stream: bool = Field(False, description="Send server-sent events instead of one JSON object.")
+
+
+class GenerateBatchBody(SamplingBody):
+    """POST /v1/generate/batch."""
+
+    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_BATCH_PROMPTS)
+
+
+# Answers, for the OpenAPI document
+
+
+class GenerateReply(BaseModel):
+    """Usage and id are in headers: X-Request-ID, X-Usage-*."""
+
+    model: str
+    output: str
+    cached: bool
+
+
+class BatchResult(BaseModel):
+    output: str
+    cached: bool
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class GenerateBatchReply(BaseModel):
+    model: str
+    results: list[BatchResult]
+
+
+class ErrorReply(BaseModel):
+    """Every error of this dialect."""
+
+    code: str
+    message: str
+    extra: dict[str, Any] | None = None
+    request_id: str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class RequestReply(BaseModel):
+    """A receipt, or the state of a request that has not ended."""
+
+    id: str
+    status: str
+    model: str | None = None
+    finish_reason: str | None = None
+    error_code: str | None = None
+    usage: Usage | None = None
+    receipt: dict[str, Any] | None = None
+
+
+class CancelReply(BaseModel):
+    id: str
+    status: str
+
+
+class MeReply(BaseModel):
+    key: dict[str, Any]
+    tenant: dict[str, Any]
+    limits: dict[str, Any]
+
+
+class UsageReply(BaseModel):
+    """The union of the documented and the coded shape of the service that this route comes from."""
+
+    quota_used: int
+    quota_monthly: int | None
+    quota_reset_at: str | None
+    rpm_limit: int | None
+    rpm_remaining: int | None
+    api_key: str
+    role: str
+    total_requests: int
+    total_prompt_tokens: int
+    total_completion_tokens: int
+    first_request_at: str | None
+    last_request_at: str | None
+
+
+class ModelsReply(BaseModel):
+    object: str
+    data: list[dict[str, Any]]
+    default_model: str | None
+    models: list[dict[str, Any]]
+    deployment_capabilities: dict[str, bool]
+
+
+class HealthReply(BaseModel):
+    status: str
+
+
+class ReadyReply(BaseModel):
+    status: str
+    db: str
+    redis: str
+    workers: int
+    model_load_mode: str
+    require_model_ready: bool
+    model_loaded: bool
+    llm: str
+
+
+class ModelzReply(BaseModel):
+    status: str
+    model_load_mode: str
+    model_loaded: bool
+    model_error: str | None
+    llm: str

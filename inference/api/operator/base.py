@@ -1,0 +1,55 @@
+"""What the operator's views share: the scope, the limits of the key, the headers, native errors. DRF, synchronous."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from django.http import HttpResponseBase
+from rest_framework.request import Request
+from rest_framework.views import APIView
+
+from accounts import throttling
+from accounts.permissions import IsOperator
+from accounts.principals import Principal
+from accounts.refusals import Refusal
+from inference.api.headers import Rate, add_headers, log_fields, rate_headers
+
+
+class OperatorView(APIView):
+    """Mix in before DRF's views. Order: key, requests a minute, scope; then DRF parses."""
+
+    permission_classes = [IsOperator]  # type: ignore[list-item]  # an instance stands in for its class
+    request_rate: Rate | None = None
+    token_rate: Rate | None = None
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        fields = log_fields(request._request)
+        match = request._request.resolver_match
+        fields["route"] = f"/{match.route}" if match else ""
+        self.perform_authentication(request)
+        principal: Principal = request.user
+        fields.update(api_key_id=principal.public_id, api_key_role=principal.role, tenant_id=principal.tenant_id)
+        self.request_rate = throttling.count_request(principal, request)
+        super().initial(request, *args, **kwargs)
+
+    def finalize_response(
+        self, request: Request, response: HttpResponseBase, *args: Any, **kwargs: Any
+    ) -> HttpResponseBase:
+        response = super().finalize_response(request, response, *args, **kwargs)
+        refusal: Refusal | None = getattr(request._request, "refusal", None)
+        if refusal is not None:
+            log_fields(request._request)["error_type"] = refusal.code
+        principal = getattr(request, "_user", None)
+        if isinstance(principal, Principal):
+            self._look_up_rates(principal, request)
+            add_headers(response, rate_headers("requests", self.request_rate))
+            add_headers(response, rate_headers("tokens", self.token_rate))
+        return response
+
+    def _look_up_rates(self, principal: Principal, request: Request) -> None:
+        with contextlib.suppress(Refusal):  # no Redis: the answer itself says so already
+            if self.request_rate is None:
+                self.request_rate = throttling.peek_requests(principal, request)
+            if principal.limit("tokens_per_minute") is not None:
+                self.token_rate = throttling.peek_tokens(principal)

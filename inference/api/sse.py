@@ -1,0 +1,75 @@
+"""Server-sent events: frames, keep-alive comments, and the response that ends what nobody listens to any more.
+
+Runs on the event loop; knows bytes, no dialect. https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+from django.http import StreamingHttpResponse
+
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_SECONDS = 10.0
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def frame(data: Any, *, event: str | None = None, event_id: str | None = None) -> bytes:
+    """One event. JSON has no raw line breaks, so one data line is enough."""
+    head = b""
+    if event_id:
+        head += b"id: " + event_id.encode() + b"\n"
+    if event:
+        head += b"event: " + event.encode() + b"\n"
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+async def with_keep_alive(frames: AsyncGenerator[bytes], seconds: float) -> AsyncGenerator[bytes]:
+    """`frames`, and a comment whenever none came for `seconds`: it finds dead peers and keeps proxies quiet."""
+    pending: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            pending = asyncio.ensure_future(anext(frames))
+            while not pending.done():
+                await asyncio.wait([pending], timeout=seconds)
+                if not pending.done():
+                    yield KEEP_ALIVE
+            try:
+                yield pending.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+class EventStream(StreamingHttpResponse):
+    """A stream of frames. `abandon` is called once if it ends before its frames do, from the event loop's thread.
+
+    last_words is what a client reads when the server itself stops in the middle.
+    """
+
+    def __init__(self, frames: AsyncGenerator[bytes], *, abandon: Callable[[], None], last_words: bytes = b"") -> None:
+        self.frames = frames
+        self.last_words = last_words
+        self.is_finished = False
+        self._abandon = abandon
+        self.parts = self._watched()
+        super().__init__(self.parts, content_type="text/event-stream", headers=HEADERS)
+
+    async def _watched(self) -> AsyncGenerator[bytes]:
+        async with aclosing(self.frames) as frames:
+            async for part in frames:
+                yield part
+        self.is_finished = True
+
+    def close(self) -> None:
+        """Called by whoever sends the response, also when it never got to the first frame."""
+        if not self.is_finished:
+            self.is_finished = True
+            self._abandon()
+        super().close()

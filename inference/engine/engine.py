@@ -1,0 +1,268 @@
+"""Plan, act, commit: one step of every live sequence at a time.
+
+The engine owns the sequences, the slots and the backend, and is used by one thread only: the runner's. It knows nothing
+of threads, inboxes or sinks; what happened is collected as events and taken by the caller after each step.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from inference.engine import sampling
+from inference.engine.backend import Backend, SlotWork
+from inference.engine.plan import ScheduleView, StepPlan
+from inference.engine.scheduler import schedule
+from inference.engine.sequence import Sequence
+from inference.engine.slots import SlotTable
+from inference.engine.stats import Counters, EngineStats
+from inference.engine.types import (
+    Delta,
+    EngineError,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Started,
+    TokenEvent,
+)
+
+STEP_SECONDS = 0.1
+"""How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
+
+
+def draw_seed() -> int:
+    return secrets.randbits(32)
+
+
+class Engine:
+    """The live sequences of one backend, in order of arrival.
+
+    clock: monotonic seconds. draw_seed: seeds for requests that bring none.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw_seed: Callable[[], int] = draw_seed,
+        step_seconds: float = STEP_SECONDS,
+    ) -> None:
+        self._backend = backend
+        self._clock = clock
+        self._draw_seed = draw_seed
+        self._step_seconds = step_seconds
+        self._slots = SlotTable(backend.n_slots)
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: dict[str, Sequence] = {}
+        self._next_deadline = math.inf
+        self._counters = Counters()
+        self._events: list[TokenEvent] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request that this engine could never serve. Reads constants only, so any thread may call it.
+
+        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling" or "adapters_not_supported".
+        """
+        backend = self._backend
+        if not request.prompt or request.max_tokens < 1:
+            raise EngineError("invalid_request", "a request needs a prompt token and max_tokens of at least 1")
+        if len(request.prompt) >= backend.n_ctx:
+            raise EngineError(
+                "prompt_too_long",
+                f"the prompt has {len(request.prompt)} tokens and exceeds the available context size: "
+                f"{backend.n_ctx} tokens, at least one of them for the answer",
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= backend.n_vocab:
+            raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {backend.n_vocab}")
+        if request.adapters and not backend.supports_adapters:
+            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        sampling.check(request.sampling, backend.n_vocab)
+
+    def add(self, request: GenerationRequest, submitted_at: float) -> None:
+        """Take a checked request whose id is not live."""
+        seed = sampling.settle_seed(request.sampling.seed, self._draw_seed)
+        self._waiting[request.request_id] = Sequence(request, seed=seed, submitted_at=submitted_at)
+        if request.deadline is not None:
+            self._next_deadline = min(self._next_deadline, request.deadline)
+
+    def cancel(self, request_id: str) -> None:
+        """End a sequence now, waiting or running. An id that is not live is ignored."""
+        if sequence := self._live(request_id):
+            self._finish(sequence, FinishReason.CANCELLED, self._clock())
+
+    def end_all(self, error: str) -> None:
+        """End every live sequence with ERROR, without touching the backend's state: it may be broken."""
+        now = self._clock()
+        for sequence in (*self._running.values(), *self._waiting.values()):
+            self._events.append(Finished(sequence.request_id, FinishReason.ERROR, sequence.receipt(now), error=error))
+        self._running.clear()
+        self._waiting.clear()
+        self._slots = SlotTable(self._backend.n_slots)
+
+    def take_events(self) -> list[TokenEvent]:
+        """What has happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def step(self) -> None:
+        """Plan, act, commit. Does nothing when nothing is live. Backend errors other than EngineError are raised."""
+        now = self._clock()
+        self._end_expired(now)
+        plan = schedule(self._view())
+        self._seat(plan.seats)
+        if work := self._start(plan, now):
+            outputs = self._backend.execute(list(work.values()), plan.adapters)
+            self._commit(work, outputs, started=now)
+
+    def stats(self) -> EngineStats:
+        """A snapshot; any thread may call it."""
+        counters = self._counters
+        return EngineStats(
+            num_slots=self._slots.num_slots,
+            busy_slots=self._slots.num_busy,
+            num_waiting=len(self._waiting),
+            num_steps=counters.num_steps,
+            num_batched_sequences=counters.num_batched_sequences,
+            num_decode_steps=counters.num_decode_steps,
+            num_decode_sequences=counters.num_decode_sequences,
+            prompt_tokens_total=counters.prompt_tokens_total,
+            completion_tokens_total=counters.completion_tokens_total,
+            prefill_seconds_total=counters.prefill_seconds_total,
+            decode_seconds_total=counters.decode_seconds_total,
+            last_step_at=counters.last_step_at,
+            cost_curve=self._backend.cost,
+        )
+
+    def free(self) -> None:
+        self._backend.free()
+
+    # plan
+
+    def _live(self, request_id: str) -> Sequence | None:
+        return self._running.get(request_id) or self._waiting.get(request_id)
+
+    def _view(self) -> ScheduleView:
+        free = self._slots.free
+        return ScheduleView(
+            running=tuple(sequence.candidate() for sequence in self._running.values()),
+            waiting=tuple(sequence.candidate() for sequence in islice(self._waiting.values(), len(free))),
+            free_slots=free,
+            num_slots=self._slots.num_slots,
+            max_step_tokens=self._backend.max_step_tokens,
+            step_seconds=self._step_seconds,
+            cost=self._backend.cost,
+        )
+
+    def _end_expired(self, now: float) -> None:
+        """End what is past its deadline. Looks at the sequences only when some deadline can have passed."""
+        if now < self._next_deadline:
+            return
+        deadlines = []
+        for sequence in (*self._running.values(), *self._waiting.values()):
+            deadline = sequence.request.deadline
+            if deadline is not None and deadline <= now:
+                self._finish(sequence, FinishReason.DEADLINE, now)
+            elif deadline is not None:
+                deadlines.append(deadline)
+        self._next_deadline = min(deadlines, default=math.inf)
+
+    # act
+
+    def _seat(self, seats: Iterable[tuple[str, int]]) -> None:
+        for request_id, slot_id in seats:
+            sequence = self._waiting.pop(request_id)
+            self._slots.take(slot_id, request_id)
+            sequence.slot_id = slot_id
+            self._running[request_id] = sequence
+            request = sequence.request
+            try:
+                self._backend.open(slot_id, request.prompt, request.sampling, sequence.seed)
+            except EngineError as error:
+                self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
+
+    def _start(self, plan: StepPlan, now: float) -> dict[str, SlotWork]:
+        """The plan as work for the backend, by request id and in order of slots; announces who is in a first step."""
+        chosen = [self._running[request_id] for request_id in plan.num_tokens if request_id in self._running]
+        for sequence in chosen:
+            if sequence.started_at is None and sequence.slot_id is not None:
+                sequence.started_at = now
+                self._events.append(Started(sequence.request_id, sequence.slot_id))
+        # llama.cpp batches together only sequences that follow each other in rising order of their ids.
+        seated = sorted((sequence.slot_id, sequence.request_id) for sequence in chosen if sequence.slot_id is not None)
+        return {
+            request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id])
+            for slot_id, request_id in seated
+        }
+
+    # commit
+
+    def _commit(self, work: dict[str, SlotWork], outputs: list[tuple[int, ...]], *, started: float) -> None:
+        now = self._clock()
+        step = self._counters.num_steps
+        self._count(work, now - started, now)
+        for (request_id, part), tokens in zip(work.items(), outputs, strict=True):
+            sequence = self._running[request_id]
+            sequence.count_step(step, len(part.tokens), len(work))
+            if tokens:
+                self._extend(sequence, tokens, now)
+
+    def _count(self, work: dict[str, SlotWork], seconds: float, now: float) -> None:
+        decoding = [part for request_id, part in work.items() if self._running[request_id].is_decoding]
+        decoded = sum(len(part.tokens) for part in decoding)
+        self._counters.count_step(
+            num_sequences=len(work),
+            num_decoding=len(decoding),
+            prompt=sum(len(part.tokens) for part in work.values()) - decoded,
+            decoded=decoded,
+            seconds=seconds,
+        )
+        self._counters.last_step_at = now
+
+    def _extend(self, sequence: Sequence, tokens: tuple[int, ...], now: float) -> None:
+        """Commit sampled tokens one by one until one of them ends the sequence."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        text, taken, reason = "", 0, None
+        for taken, token in enumerate(tokens, start=1):  # noqa: B007
+            sequence.tokens.append(token)
+            if self._backend.is_end(token):
+                reason = FinishReason.EOS
+            else:
+                text += sequence.text.feed(self._backend.piece(token))
+                reason = self._reason(sequence)
+            if reason:
+                text += sequence.text.finish()
+                break
+        self._counters.completion_tokens_total += taken
+        self._events.append(Delta(sequence.request_id, text, tokens[:taken]))
+        if reason:
+            self._finish(sequence, reason, now)
+
+    def _reason(self, sequence: Sequence) -> FinishReason | None:
+        """Why the sequence ends after its latest token, if it does."""
+        if sequence.text.stop_word is not None:
+            return FinishReason.STOP
+        used_up = sequence.num_completion >= sequence.request.max_tokens
+        return FinishReason.LENGTH if used_up or len(sequence.tokens) >= self._backend.n_ctx else None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> None:
+        """End a live sequence: held text first, then the one Finished; its slot is free for the next step."""
+        if tail := sequence.text.finish():
+            self._events.append(Delta(sequence.request_id, tail))
+        stop_word = sequence.text.stop_word
+        self._events.append(
+            Finished(sequence.request_id, reason, sequence.receipt(now), stop_word=stop_word, error=error)
+        )
+        self._waiting.pop(sequence.request_id, None)
+        if self._running.pop(sequence.request_id, None) and sequence.slot_id is not None:
+            self._slots.give_back(sequence.slot_id, sequence.request_id)
+            self._backend.close(sequence.slot_id)

@@ -1,0 +1,109 @@
+"""A backend that invents text at a set speed: for tests of policy and for measuring everything around the engine.
+
+Deterministic: the answer depends on the prompt and, above temperature 0, on the seed; never on neighbours. Token ids of
+any vocabulary are accepted as a prompt; answers are made of the ids 0..len(PIECES)-1.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+
+from inference.engine.backend import SlotWork
+from inference.engine.costs import CostCurve
+from inference.engine.types import AdapterVector, SamplingParams
+
+_WORDS = """the a river light of and stone quiet morning under over carries small bright road to in old story garden
+wind between slow water door finds open path every house said green keeps near far mountain letter turns soft evening
+bread table lamp winter seed market bridge ship answer question number music paper long window tree sea bird cloud"""
+END = 0
+"""The id of the token that ends an answer."""
+
+PIECES: tuple[bytes, ...] = (
+    b"",
+    *(f" {word}".encode() for word in _WORDS.split()),
+    *(b",", b".", b".\n", " é".encode(), b" \xe2\x82", b"\xac"),  # the last two are the halves of a euro sign
+)
+_WORDS_ONLY = range(1, 1 + len(_WORDS.split()))
+
+Answer = Callable[[tuple[int, ...], int, int], int]
+"""From (prompt, seed, index of the generated token) to the token."""
+
+
+def invented_answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
+    """Words in an order that looks random, with a comma or a full stop now and then."""
+    if index % 13 == 12:
+        return PIECES.index(b".")
+    state = zlib.crc32(array("q", prompt).tobytes(), seed)
+    state = zlib.crc32(index.to_bytes(4, "little"), state)
+    return _WORDS_ONLY[state % len(_WORDS_ONLY)]
+
+
+class FakeBackend:
+    """Implements Backend. A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep.
+
+    answer: what is generated. answer_tokens: after so many tokens the answer ends, never if None.
+    supports_adapters: accept adapter vectors, which change nothing.
+    """
+
+    def __init__(
+        self,
+        n_slots: int,
+        n_ctx: int,
+        seconds_per_step: float = 0.0,
+        seconds_per_token: float = 0.0,
+        *,
+        answer: Answer = invented_answer,
+        answer_tokens: int | None = None,
+        n_vocab: int = 2**31 - 1,
+        max_step_tokens: int = 512,
+        supports_adapters: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.n_slots = n_slots
+        self.n_ctx = n_ctx
+        self.n_vocab = n_vocab
+        self.max_step_tokens = max(max_step_tokens, n_slots)
+        self.supports_adapters = supports_adapters
+        self.cost = _linear(seconds_per_step, seconds_per_token)
+        self._answer = answer
+        self._answer_tokens = answer_tokens
+        self._sleep = sleep
+        self._open: dict[int, tuple[tuple[int, ...], int]] = {}
+
+    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+        if not 0 <= slot_id < self.n_slots or slot_id in self._open:
+            raise ValueError(f"slot {slot_id} cannot be opened")
+        self._open[slot_id] = tuple(prompt), 0 if sampling.temperature <= 0 else seed
+
+    def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
+        seconds = self.cost.seconds(sum(len(part.tokens) for part in work))
+        if seconds > 0:
+            self._sleep(seconds)
+        return [(self._next_token(part),) if part.samples else () for part in work]
+
+    def _next_token(self, part: SlotWork) -> int:
+        prompt, seed = self._open[part.slot_id]
+        index = part.start + len(part.tokens) - len(prompt)
+        return END if index == self._answer_tokens else self._answer(prompt, seed, index)
+
+    def piece(self, token: int) -> bytes:
+        return PIECES[token]
+
+    def is_end(self, token: int) -> bool:
+        return token == END
+
+    def close(self, slot_id: int) -> None:
+        self._open.pop(slot_id, None)
+
+    def free(self) -> None:
+        self._open.clear()
+
+
+def _linear(seconds_per_step: float, seconds_per_token: float) -> CostCurve:
+    """The fake's speed as a cost curve, known without measuring; empty for an instant backend."""
+    if seconds_per_step <= 0 and seconds_per_token <= 0:
+        return CostCurve()
+    return CostCurve(tuple((n, seconds_per_step + seconds_per_token * n) for n in (1, 256)))

@@ -1,0 +1,55 @@
+"""The forms between engine and scheduler: what could run, and what will run in the next step.
+
+Frozen data, made of integers and ids, so that a policy is tested without a model. The scheduler reads a ScheduleView
+and writes a StepPlan; the engine executes the plan without deciding anything more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inference.engine.costs import CostCurve
+from inference.engine.types import AdapterVector
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sequence that could be in the next step.
+
+    num_pending: tokens it has that are not computed yet, at least 1. is_decoding: its prompt is done, and all its
+    pending tokens belong to one step (the last token, and any drafts). last_step: number of the step that carried it
+    last, -1 if none did.
+    """
+
+    request_id: str
+    num_pending: int
+    is_decoding: bool = False
+    adapters: AdapterVector = ()
+    last_step: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleView:
+    """Everything a scheduling decision may look at. Running and waiting are in order of arrival."""
+
+    running: tuple[Candidate, ...] = ()
+    waiting: tuple[Candidate, ...] = ()
+    free_slots: frozenset[int] = frozenset()
+    num_slots: int = 1
+    max_step_tokens: int = 512
+    step_seconds: float = 0.1
+    cost: CostCurve = field(default_factory=CostCurve)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the next step does.
+
+    seats: (request id, slot id) of waiting requests that get a slot first; the engine reads it.
+    num_tokens: how many pending tokens of which sequence are computed; engine and backend read it.
+    adapters: the one adapter vector of all sequences in the step; the backend reads it.
+    """
+
+    seats: tuple[tuple[str, int], ...] = ()
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    adapters: AdapterVector = ()

@@ -1,0 +1,172 @@
+"""The engine's thread, and the only door to it: requests and cancels come in from any thread, events go out to a sink.
+
+The thread sleeps while nothing is live, and is woken by the inbox. Nothing slow belongs on it: no JSON, no network.
+Used by the worker, one runner per loaded model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from inference.engine.backend import Backend
+from inference.engine.engine import Engine, draw_seed
+from inference.engine.stats import EngineStats
+from inference.engine.types import EngineError, EventSink, Finished, GenerationRequest, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+STOPPING = "worker_stopping"
+CRASHED = "engine_crashed"
+
+
+class EngineRunner:
+    """Runs an engine on a thread of its own, from start() to stop().
+
+    sink is called on that thread, once per step with all events of the step. on_crash is called there after an
+    exception of the backend or the sink: by then every live sequence has got its Finished(ERROR), and no request is
+    taken any more. max_waiting bounds the requests that have no slot yet.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        sink: EventSink,
+        clock: Callable[[], float] = time.monotonic,
+        max_waiting: int = 4096,
+        on_crash: Callable[[BaseException], None] | None = None,
+        draw_seed: Callable[[], int] = draw_seed,
+    ) -> None:
+        self._engine = Engine(backend, clock=clock, draw_seed=draw_seed)
+        self._sink = sink
+        self._clock = clock
+        self._max_live = backend.n_slots + max_waiting
+        self._on_crash = on_crash
+        self._thread = threading.Thread(target=self._run, name="llmsite-engine", daemon=True)
+        self._changed = threading.Condition()
+        # Guarded by _changed:
+        self._live: set[str] = set()
+        self._inbox: list[tuple[GenerationRequest, float]] = []
+        self._cancels: list[str] = []
+        self._is_taking = True
+        self._is_stopping = False
+
+    def start(self) -> None:
+        """Start the thread. Once only."""
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; its events will go to the sink. Any thread.
+
+        Raises EngineError "engine_stopped", "queue_full", "duplicate_request" or what Engine.check refuses.
+        """
+        self._engine.check(request)
+        with self._changed:
+            if not self._is_taking:
+                raise EngineError("engine_stopped", "the engine takes no requests any more")
+            if request.request_id in self._live:
+                raise EngineError("duplicate_request", f"request {request.request_id} is already running")
+            if len(self._live) >= self._max_live:
+                raise EngineError("queue_full", "too many requests are waiting for a slot")
+            self._live.add(request.request_id)
+            self._inbox.append((request, self._clock()))
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step, waiting or running. Any thread; idempotent; unknown ids are ignored."""
+        with self._changed:
+            if request_id in self._live:
+                self._cancels.append(request_id)
+                self._changed.notify_all()
+
+    def stats(self) -> EngineStats:
+        """A snapshot. Any thread."""
+        return self._engine.stats()
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more requests and wait until none is live, seconds at most. Returns whether none is."""
+        with self._changed:
+            self._is_taking = False
+            return self._changed.wait_for(lambda: not self._live, timeout=max(0.0, seconds))
+
+    def stop(self) -> None:
+        """End what is live with Finished(ERROR, "worker_stopping"), join the thread, free the backend. Idempotent."""
+        with self._changed:
+            self._is_taking = False
+            self._is_stopping = True
+            self._changed.notify_all()
+        if self._thread.ident is None:
+            self._close(STOPPING)
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # on the engine's thread
+
+    def _run(self) -> None:
+        error = STOPPING
+        crash: BaseException | None = None
+        try:
+            while self._take_inbox():
+                self._engine.step()
+                self._deliver()
+        except BaseException as exception:  # the thread's border: whatever it was, every sequence must end
+            logger.critical("the engine has crashed", exc_info=exception)
+            error, crash = CRASHED, exception
+        self._close(error)
+        if crash is not None:
+            self._report(crash)
+
+    def _take_inbox(self) -> bool:
+        """Sleep until there is something to do, then hand new requests and cancels to the engine. False: stop."""
+        with self._changed:
+            while not (self._inbox or self._cancels or self._engine.has_work or self._is_stopping):
+                self._changed.wait()
+            if self._is_stopping:
+                return False
+            inbox, self._inbox = self._inbox, []
+            cancels, self._cancels = self._cancels, []
+        for request, submitted_at in inbox:
+            self._engine.add(request, submitted_at)
+        for request_id in cancels:
+            self._engine.cancel(request_id)
+        return True
+
+    def _deliver(self) -> None:
+        """Hand the events of a step to the sink, then forget the finished: their ids may come again."""
+        if events := self._engine.take_events():
+            try:
+                self._sink(events)
+            finally:
+                self._forget(events)
+
+    def _forget(self, events: Sequence[TokenEvent]) -> None:
+        finished = {event.request_id for event in events if isinstance(event, Finished)}
+        if finished:
+            with self._changed:
+                self._live -= finished
+                self._changed.notify_all()
+
+    def _close(self, error: str) -> None:
+        """End every live sequence with this error and free the backend. Nothing is taken afterwards."""
+        with self._changed:
+            self._is_taking = False
+            inbox, self._inbox = self._inbox, []
+        for request, submitted_at in inbox:
+            self._engine.add(request, submitted_at)
+        self._engine.end_all(error)
+        for action in (self._deliver, self._engine.free):
+            try:
+                action()
+            except Exception:
+                logger.exception("the engine could not be closed cleanly")
+
+    def _report(self, crash: BaseException) -> None:
+        if self._on_crash is None:
+            return
+        try:
+            self._on_crash(crash)
+        except Exception:
+            logger.exception("on_crash has failed")

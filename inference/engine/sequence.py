@@ -1,0 +1,105 @@
+"""A request that the engine has taken: its tokens, its text, how far it is computed, and what that has cost.
+
+State only, on the engine's thread; the engine decides what happens to it. The one number is num_computed: prefill,
+chunk, decode and draft verification all advance it, and a sequence whose tokens are all computed but for the last
+batch of them is decoding.
+"""
+
+from __future__ import annotations
+
+from inference.engine.backend import SlotWork
+from inference.engine.plan import Candidate
+from inference.engine.stop import TextAssembler
+from inference.engine.types import GenerationRequest, Receipt
+
+
+class Sequence:
+    """A live sequence. submitted_at and the other times are monotonic seconds of the engine's clock."""
+
+    __slots__ = (
+        "_batch_sequences",
+        "_decode_batch_sequences",
+        "_decode_steps",
+        "_num_steps",
+        "first_token_at",
+        "last_step",
+        "num_computed",
+        "request",
+        "seed",
+        "slot_id",
+        "started_at",
+        "submitted_at",
+        "text",
+        "tokens",
+    )
+
+    def __init__(self, request: GenerationRequest, *, seed: int, submitted_at: float) -> None:
+        self.request = request
+        self.seed = seed
+        self.submitted_at = submitted_at
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.slot_id: int | None = None
+        self.tokens = list(request.prompt)
+        self.num_computed = 0
+        self.last_step = -1
+        self.text = TextAssembler(request.stop)
+        self._num_steps = 0
+        self._batch_sequences = 0
+        self._decode_steps = 0
+        self._decode_batch_sequences = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_completion(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def is_decoding(self) -> bool:
+        return len(self.tokens) > len(self.request.prompt)
+
+    def candidate(self) -> Candidate:
+        """How the scheduler sees this sequence."""
+        return Candidate(
+            self.request.request_id,
+            len(self.tokens) - self.num_computed,
+            self.is_decoding,
+            self.request.adapters,
+            self.last_step,
+        )
+
+    def work(self, slot_id: int, num_tokens: int) -> SlotWork:
+        """The next num_tokens pending tokens as work for the backend; the last pending one samples."""
+        start, end = self.num_computed, self.num_computed + num_tokens
+        return SlotWork(slot_id, start, self.tokens[start:end], end == len(self.tokens))
+
+    def count_step(self, step: int, num_tokens: int, num_sequences: int) -> None:
+        """Book an executed step that carried num_tokens of this sequence among num_sequences sequences."""
+        self.last_step = step
+        self._num_steps += 1
+        self._batch_sequences += num_sequences
+        if self.is_decoding:
+            self._decode_steps += 1
+            self._decode_batch_sequences += num_sequences
+        self.num_computed += num_tokens
+
+    def receipt(self, now: float) -> Receipt:
+        """What has been computed up to now. A sequence that never started has only queued."""
+        started = now if self.started_at is None else self.started_at
+        first_token = now if self.first_token_at is None else self.first_token_at
+        return Receipt(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self.num_completion,
+            queue_seconds=started - self.submitted_at,
+            prefill_seconds=first_token - started,
+            decode_seconds=now - first_token,
+            num_steps=self._num_steps,
+            batch_sequences=self._batch_sequences,
+            decode_steps=self._decode_steps,
+            decode_batch_sequences=self._decode_batch_sequences,
+            slot_id=self.slot_id,
+            seed=self.seed,
+        )

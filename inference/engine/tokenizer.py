@@ -1,0 +1,241 @@
+"""A model's tokenizer: a library over a vocabulary-only load, and the child process that keeps it out of the web.
+
+    python -m inference.engine.tokenizer VOCAB.gguf [--cpu-seconds N] [--memory-bytes N]
+
+The child answers requests on standard output in the order they come on standard input, each a 4-byte big-endian length
+and that many bytes of JSON; its first frame says whether the file could be loaded. It ends at the end of its input,
+when its parent dies, or when a request overruns its limits: a hostile tokenizer or text ends this process and no other.
+The protocol is in `answer`, `serve` and `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import llama_cpp as native
+
+from inference.engine.types import EngineError
+
+MAX_FRAME_BYTES = 32 * 2**20
+_LENGTH = struct.Struct(">I")
+_PR_SET_PDEATHSIG = 1
+
+
+@native.llama_log_callback
+def _drop_log(_level: int, _text: bytes, _user_data: object) -> None:
+    """Kept at module level: llama.cpp calls it for as long as the process lives."""
+
+
+class Tokenizer:
+    """The vocabulary of one GGUF file. Not thread safe; made by load()."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._vocab = native.llama_model_get_vocab(model)
+        self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Load the vocabulary of a GGUF file, with or without tensors.
+
+        Raises EngineError "model_file_missing" or "model_file_invalid". A damaged file can abort the process.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise EngineError("model_file_missing", f"there is no vocabulary file at {path}: register the model again")
+        native.llama_backend_init()
+        params = native.llama_model_default_params()
+        params.vocab_only = True
+        params.n_gpu_layers = 0
+        model = native.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise EngineError("model_file_invalid", f"llama.cpp cannot read the vocabulary of {path}")
+        return cls(model)
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool = False) -> list[int]:
+        """The tokens of a text. add_special: with the tokens the model wants around a prompt, such as BOS.
+
+        parse_special: read "<|im_end|>" and the like as control tokens; for the operator's templates only, never for
+        text that came from a user. Lone surrogates, which no UTF-8 has, become U+FFFD.
+        """
+        data = _utf8(text)
+        size = len(data) + 2
+        buffer = (native.llama_token * size)()
+        count = native.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, parse_special)
+        if count < 0:
+            buffer = (native.llama_token * -count)()
+            count = native.llama_tokenize(self._vocab, data, len(data), buffer, -count, add_special, parse_special)
+        return list(buffer[:count])
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens; special: with control tokens written out. Bytes that are not UTF-8 become U+FFFD.
+
+        Raises EngineError "invalid_token" for an id outside the vocabulary.
+        """
+        if any(not 0 <= token < self.n_vocab for token in tokens):
+            raise EngineError("invalid_token", f"token ids must be between 0 and {self.n_vocab - 1}")
+        array = (native.llama_token * len(tokens))(*tokens)
+        size = 16 * len(tokens) + 16
+        buffer = ctypes.create_string_buffer(size)
+        length = native.llama_detokenize(self._vocab, array, len(tokens), buffer, size, False, special)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = native.llama_detokenize(self._vocab, array, len(tokens), buffer, -length, False, special)
+        return buffer.raw[:length].decode("utf-8", "replace")
+
+    def info(self) -> dict[str, Any]:
+        """What others need to know of the vocabulary. Token ids are None where the model has no such token."""
+        vocab = self._vocab
+        end_tokens = [token for token in range(self.n_vocab) if native.llama_vocab_is_eog(vocab, token)]
+        template = native.llama_model_chat_template(self._model, None)
+        return {
+            "n_vocab": self.n_vocab,
+            "bos_token": _token_or_none(native.llama_vocab_bos(vocab)),
+            "eos_token": _token_or_none(native.llama_vocab_eos(vocab)),
+            "eot_token": _token_or_none(native.llama_vocab_eot(vocab)),
+            "end_tokens": end_tokens,
+            "add_bos": bool(native.llama_vocab_get_add_bos(vocab)),
+            "add_eos": bool(native.llama_vocab_get_add_eos(vocab)),
+            "chat_template": None if template is None else template.decode("utf-8", "replace"),
+        }
+
+    def free(self) -> None:
+        """Free the vocabulary; nothing may be called afterwards."""
+        native.llama_model_free(self._model)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _token_or_none(token: int) -> int | None:
+    return None if token < 0 else token
+
+
+def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
+    """One request of the protocol, by its "op"; raises EngineError, or KeyError/TypeError for a malformed one.
+
+    encode: text, add_special (true), parse_special (false) -> tokens
+    detokenize: tokens, special (false) -> text
+    info: -> the keys of Tokenizer.info
+    """
+    match request["op"]:
+        case "encode":
+            add_special, parse_special = request.get("add_special", True), request.get("parse_special", False)
+            return {"tokens": tokenizer.encode(request["text"], add_special=add_special, parse_special=parse_special)}
+        case "detokenize":
+            return {"text": tokenizer.detokenize(request["tokens"], special=request.get("special", False))}
+        case "info":
+            return tokenizer.info()
+        case unknown:
+            raise EngineError("unknown_operation", f"unknown operation {unknown!r}")
+
+
+def serve(tokenizer: Tokenizer, requests: BinaryIO, replies: BinaryIO, *, before_each: Callable[[], None]) -> None:
+    """Answer until the input ends. Replies are {"ok": true, ...} or {"ok": false, "code", "message"}."""
+    while (frame := read_frame(requests)) is not None:
+        before_each()
+        try:
+            reply = {"ok": True, **answer(tokenizer, json.loads(frame))}
+        except EngineError as error:
+            reply = {"ok": False, "code": error.code, "message": str(error)}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ctypes.ArgumentError) as error:
+            reply = {"ok": False, "code": "malformed_request", "message": repr(error)}
+        write_frame(replies, reply)
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The next frame, or None where the stream ends. Raises ValueError for one that is too long."""
+    header = stream.read(_LENGTH.size)
+    if len(header) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is too long")
+    frame = stream.read(length)
+    return frame if len(frame) == length else None
+
+
+def write_frame(stream: BinaryIO, message: dict[str, Any]) -> None:
+    """Write a message as one frame and flush it."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    stream.write(_LENGTH.pack(len(data)) + data)
+    stream.flush()
+
+
+def _private_stdout() -> BinaryIO:
+    """The real standard output for replies; whatever else prints there goes to standard error instead."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return replies
+
+
+def _end_with_parent(parent: int) -> None:
+    """Die when the parent does. The kernel also signals when only the parent's thread that started us ends."""
+
+    def orphaned(*_: object) -> None:
+        if os.getppid() != parent:
+            os._exit(0)
+
+    if sys.platform == "linux":
+        signal.signal(signal.SIGHUP, orphaned)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+        orphaned()
+
+
+def _limit_memory(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold prompts
+    if num_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+
+
+def _limit_cpu(seconds: int) -> None:
+    """Allow this many more seconds of processor time; the kernel ends the process after them."""
+    if seconds:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        used = int(usage.ru_utime + usage.ru_stime)
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (used + 1 + seconds, hard))
+
+
+def _fail(replies: BinaryIO, error: EngineError) -> NoReturn:
+    write_frame(replies, {"ok": False, "code": error.code, "message": str(error)})
+    raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the child. The first frame it writes says {"ok": true, **info}, or why the file cannot be served."""
+    parser = argparse.ArgumentParser(prog="inference.engine.tokenizer", description="Tokenize on behalf of a parent.")
+    parser.add_argument("vocab", type=Path)
+    parser.add_argument("--cpu-seconds", type=int, default=0, help="processor time for each request, 0 for no limit")
+    parser.add_argument("--memory-bytes", type=int, default=0, help="address space of the process, 0 for no limit")
+    options = parser.parse_args(arguments)
+    parent = os.getppid()
+    replies = _private_stdout()
+    _end_with_parent(parent)
+    native.llama_log_set(_drop_log, None)
+    _limit_memory(options.memory_bytes)
+    _limit_cpu(options.cpu_seconds)
+    try:
+        tokenizer = Tokenizer.load(options.vocab)
+    except EngineError as error:
+        _fail(replies, error)
+    write_frame(replies, {"ok": True, **tokenizer.info()})
+    serve(tokenizer, sys.stdin.buffer, replies, before_each=lambda: _limit_cpu(options.cpu_seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What must be known of a model file before it may be served: header, digest, vocabulary file, a trial load.
+
+Slow (seconds for large files) and without any database row; the registry calls it, in commands and in the admin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+
+from inference.gguf import GGUFError, Header, read_header, write_vocabulary_only
+from inference.trial import Trial, TrialError
+
+HASH_BLOCK_BYTES = 4 << 20
+MAX_CHAT_TEMPLATE_BYTES = 128 << 10
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes hashed so far and their total."""
+
+
+class RegistrationError(Exception):
+    """A model that is not taken; nothing was changed. `fields` maps a field's name to what is wrong with it."""
+
+    def __init__(self, code: str, message: str, fields: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.fields = fields or {"path": [message]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """A file that may be served. `metadata` is what ServedModel.metadata keeps."""
+
+    path: Path
+    digest: str
+    size_bytes: int
+    metadata: dict[str, Any] = field(repr=False)
+
+
+def vocabulary_path(digest: str) -> Path:
+    """Where web hosts find the model's metadata without weights."""
+    folder: Path = settings.CONFIG.state / "models" / "vocab"
+    return folder / f"{digest}.gguf"
+
+
+def absolute(path: str | Path) -> Path:
+    """As the registry keeps it; links stay links."""
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 (Path.resolve would follow links)
+
+
+def check_header(path: Path) -> Header:
+    """The file's header, if it is one of a text generating model. Raises RegistrationError; milliseconds."""
+    try:
+        header = read_header(path)
+    except GGUFError as error:
+        raise RegistrationError(error.code, error.message) from error
+    if header.kind != "model" or header.architecture == "clip" or not header.num_tensors:
+        raise RegistrationError(
+            "not_a_model", f"The file holds a {header.kind} ({header.architecture}) and no weights of a language model."
+        )
+    if not header.vocabulary_size or not header.context_length:
+        raise RegistrationError(
+            "not_a_model", "The file has no vocabulary or no context length: nothing can be served."
+        )
+    if len((header.text("tokenizer.chat_template") or "").encode()) > MAX_CHAT_TEMPLATE_BYTES:
+        raise RegistrationError("chat_template_too_large", f"Its template is over {MAX_CHAT_TEMPLATE_BYTES >> 10} KiB.")
+    return header
+
+
+def is_unchanged(path: Path, digest: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the file still has the size and time of that inspection, and its vocabulary file is there."""
+    return metadata.get("file") == _stamp(path) and vocabulary_path(digest).is_file()
+
+
+def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None = None) -> Inspected:
+    """Inspect one file and write its vocabulary file. Raises RegistrationError with the reason."""
+    header = check_header(path)
+    stamp = _stamp(path)
+    digest = _hash(path, progress)
+    scratch = vocabulary_path(f"{digest}.{os.getpid()}.trial")
+    try:
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        write_vocabulary_only(path, scratch)
+        report = (trial or Trial()).run(path, scratch)
+        if _stamp(path) != stamp:
+            raise RegistrationError(
+                "file_changed", "The file changed while it was read. Try again when it is complete."
+            )
+        scratch.replace(vocabulary_path(digest))
+    except TrialError as error:
+        raise RegistrationError("trial_failed", f"The model did not pass its trial load: {error}.") from error
+    except GGUFError as error:
+        raise RegistrationError(error.code, error.message) from error
+    except OSError as error:
+        raise RegistrationError("state_unwritable", f"{scratch.parent} cannot be written: {error}.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return Inspected(
+        path=path,
+        digest=digest,
+        size_bytes=header.size_bytes,
+        metadata={**header.summary(), "file": stamp, "trial": report},
+    )
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return {}
+    return {"size_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _hash(path: Path, progress: Progress | None) -> str:
+    total, done, hasher = path.stat().st_size, 0, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(HASH_BLOCK_BYTES):
+                hasher.update(block)
+                done += len(block)
+                if progress:
+                    progress(done, total)
+    except OSError as error:
+        raise RegistrationError("gguf_unreadable", f"{path} cannot be read: {error}.") from error
+    return hasher.hexdigest()

@@ -1,0 +1,61 @@
+"""Prometheus metrics of the request's clock, under the names that dashboards of this product class know.
+
+Objects only: admission, the API, settlement and the worker count on them, /metrics renders them. Gauges of several
+processes are added up over those that live.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+REDIS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1, 2.5)
+BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+REQUEST_LABELS = ("route", "model_id", "cached", "status_code")
+
+# Web
+
+REQUESTS = Counter("llm_api_request_total", "Requests to the generation endpoints.", REQUEST_LABELS)
+REQUEST_SECONDS = Histogram(
+    "llm_api_request_latency_seconds", "From request to the last byte.", REQUEST_LABELS, buckets=LATENCY_BUCKETS
+)
+CACHE_HITS = Counter("llm_redis_hits_total", "Completions found in the cache.", ["model_id", "kind"])
+CACHE_MISSES = Counter("llm_redis_misses_total", "Completions looked for in vain.", ["model_id", "kind"])
+CACHE_SECONDS = Histogram(
+    "llm_redis_latency_seconds", "Look-ups in the completion cache.", ["model_id", "kind"], buckets=REDIS_BUCKETS
+)
+CACHE_ENABLED = Gauge("llm_redis_enabled", "1 if completions are cached.", multiprocess_mode="max")
+REFUSALS = Counter("llm_refusals_total", "Requests refused before anything was queued.", ["code"])
+
+# Worker
+
+TOKENS = Counter("llm_tokens_total", "Tokens of settled requests.", ["direction", "model_id"])
+ENDED = Counter("llm_requests_ended_total", "Requests that ended, by how.", ["model_id", "status", "finish_reason"])
+FIRST_TOKEN_SECONDS = Histogram(
+    "llm_time_to_first_token_seconds",
+    "From admission to the first text that was published.",
+    ["model_id"],
+    buckets=FIRST_TOKEN_BUCKETS,
+)
+QUEUE_SECONDS = Histogram(
+    "llm_queue_wait_seconds", "From admission to a slot.", ["model_id"], buckets=FIRST_TOKEN_BUCKETS
+)
+BATCH_SIZE = Histogram(
+    "llm_batch_size", "Mean sequences in the executed plans that carried a request.", ["model_id"], buckets=BATCH_BUCKETS
+)
+SLOTS = Gauge("llm_slots", "Slots of loaded models.", ["model_id"], multiprocess_mode="livesum")
+SLOTS_BUSY = Gauge("llm_slots_busy", "Slots with a sequence.", ["model_id"], multiprocess_mode="livesum")
+ENGINE_WAITING = Gauge("llm_engine_waiting", "Sequences without a slot.", ["model_id"], multiprocess_mode="livesum")
+QUEUE_LENGTH = Gauge("llm_queue_length", "Tickets that wait in Redis.", ["pool"], multiprocess_mode="livemax")
+STEPS = Counter("llm_engine_steps_total", "Executed plans.", ["model_id"])
+STEP_SEQUENCES = Counter("llm_engine_step_sequences_total", "Sequences, summed over executed plans.", ["model_id"])
+DECODE_STEPS = Counter("llm_engine_decode_steps_total", "Executed plans in which something was generated.", ["model_id"])
+DECODE_SEQUENCES = Counter(
+    "llm_engine_decode_sequences_total", "Generating sequences, summed over executed plans.", ["model_id"]
+)
+PROMPT_TOKENS = Counter("llm_engine_prompt_tokens_total", "Prompt tokens computed.", ["model_id"])
+COMPLETION_TOKENS = Counter("llm_engine_completion_tokens_total", "Tokens generated.", ["model_id"])
+SETTLEMENT_GROUP = Histogram(
+    "llm_settlement_group_size", "Requests settled in one transaction.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
+)

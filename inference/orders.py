@@ -1,0 +1,28 @@
+"""What a tenant asks for, in no dialect: every body that generates is parsed into one of these. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inference.engine.types import AdapterVector, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOrder:
+    """One sequence to generate. Numbers are checked before they come here, but for what only the model can tell."""
+
+    prompt: str | tuple[int, ...]
+    """Text in which nothing becomes a special token, or token ids."""
+    model: str | None = None
+    """None is the default model."""
+    max_tokens: int | None = None
+    """None: as many as the context and the plan allow."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    adapters: AdapterVector = ()
+    stream: bool = False
+    use_cache: bool = False
+    all_or_nothing: bool = False
+    """Refuse rather than shorten the answer to what is left of the quota."""
+    is_batch: bool = False
+    """Part of a batch: a label of the metrics."""

@@ -1,0 +1,485 @@
+"""Events of running requests through Redis Streams, one stream `gen:<id>` per request.
+
+Writer: the worker's one publisher thread; a round trip carries what all sequences have to say, merged per sequence.
+Reader: the web's event loop; one task per process reads every live stream and fans out. Neither settles or decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import orjson
+import redis
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+from inference.engine.types import Delta, Finished, Started, TokenEvent
+from inference.lua import script
+from inference.queue import MARGIN_SECONDS, Lease, ticket_key
+
+logger = logging.getLogger(__name__)
+
+DONE_TTL_SECONDS = 600
+"""A finished stream can be read again for this long."""
+LINGER_SECONDS = 0.5
+"""Text of a request that does not stream is sent this late at most, so that somebody may attach to it."""
+SPARE_EVENTS = 64
+MAX_BACKOFF_SECONDS = 1.0
+
+
+def stream_key(request_id: str) -> str:
+    return f"gen:{request_id}"
+
+
+# The form of events. `t` names the kind; readers ignore fields that they do not know.
+
+
+def encode_started() -> bytes:
+    return b'{"t":"started"}'
+
+
+def encode_delta(text: str, num_tokens: int) -> bytes:
+    return orjson.dumps({"t": "delta", "text": text, "n": num_tokens})
+
+
+def encode_finished(finished: Finished, worker_id: str) -> bytes:
+    return orjson.dumps(
+        {
+            "t": "finished",
+            "reason": finished.reason.value,
+            "stop_word": finished.stop_word,
+            "error": finished.error,
+            "receipt": asdict(finished.receipt),
+            "worker": worker_id,
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """One event as the web sees it. `id` resumes after it; data is as encoded above: t, and text, n or reason, ..."""
+
+    id: str
+    data: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.data.get("t"))
+
+
+# Writing
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """One sequence's unsent events. Touched by the publisher thread alone, but for its creation."""
+
+    lease: Lease
+    hold: bool
+    key: str
+    ticket_key: str
+    number: int = 0
+    started: bool = False
+    texts: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    waiting_since: float | None = None
+    end: tuple[bytes, bytes] | None = None
+    in_flight: list[Any] | None = None
+    """Arguments of an attempt whose outcome is unknown: it is repeated unchanged, its number tells the server."""
+    ends_in_flight: bool = False
+    fenced: bool = False
+
+    def has_news(self) -> bool:
+        return self.started or self.num_tokens > 0 or bool(self.texts) or self.end is not None
+
+    def is_due(self, now: float) -> bool:
+        if self.in_flight is not None or self.end is not None:
+            return True
+        if not self.has_news():
+            return False
+        return not self.hold or (self.waiting_since is not None and now - self.waiting_since >= LINGER_SECONDS)
+
+    def pack(self) -> list[Any]:
+        """Everything unsent as the arguments of one call of append.lua."""
+        if self.in_flight is not None:
+            return self.in_flight
+        events: list[bytes] = []
+        if self.started:
+            events.append(encode_started())
+        if self.texts or self.num_tokens:
+            events.append(encode_delta("".join(self.texts), self.num_tokens))
+        outcome = b""
+        if self.end is not None:
+            final, outcome = self.end
+            events.append(final)
+        self.number += 1
+        ticket = self.lease.ticket
+        ttl = DONE_TTL_SECONDS if outcome else int(ticket.deadline_at - ticket.created_at + MARGIN_SECONDS)
+        head = [ticket.request_id, self.lease.token, self.number, ttl, ticket.max_tokens + SPARE_EVENTS, outcome]
+        self.started, self.texts, self.num_tokens, self.waiting_since = False, [], 0, None
+        self.in_flight, self.ends_in_flight = [*head, *events], self.end is not None
+        return self.in_flight
+
+
+class StreamWriter:
+    """Publishes for one worker. `publish` and `finish` only append to a list; they never block or raise.
+
+    on_end(request_id, held): the last event is in the stream (held), or somebody else ended the request (not held).
+    on_fenced(request_id): the lease is lost; called once, before the end.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        on_end: Callable[[str, bool], None],
+        on_fenced: Callable[[str], None],
+        on_flush: Callable[[int], None] | None = None,
+    ) -> None:
+        self._client = client
+        self._script = script(client, "append")
+        self._on_end, self._on_fenced, self._on_flush = on_end, on_fenced, on_flush
+        self._open: dict[str, _Outgoing] = {}
+        self._news = threading.Condition()
+        self._inbox: list[tuple[str, TokenEvent | tuple[bytes, bytes]]] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def open(self, lease: Lease) -> None:
+        """Before the first event of a lease."""
+        request_id = lease.ticket.request_id
+        self._open[request_id] = _Outgoing(
+            lease, not lease.ticket.stream, stream_key(request_id), ticket_key(request_id)
+        )
+
+    def publish(self, events: Iterable[TokenEvent]) -> None:
+        """The events of one engine step, Finished excepted. Called on the engine's thread."""
+        with self._news:
+            self._inbox.extend((event.request_id, event) for event in events)
+            self._news.notify()
+
+    def finish(self, request_id: str, final: bytes, outcome: bytes) -> None:
+        """The last event, with what settlement needs (settlement.Outcome as bytes)."""
+        with self._news:
+            self._inbox.append((request_id, (final, outcome)))
+            self._news.notify()
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Publish what is left, then end the thread. False if Redis did not take it in time."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive() and not self._open
+
+    def _run(self) -> None:
+        backoff = 0.0
+        while True:
+            with self._news:
+                if not self._inbox and not (self._stopping and backoff == 0.0):
+                    self._news.wait(backoff or self._patience())
+                inbox, self._inbox = self._inbox, []
+                if self._stopping and not inbox and not any(item.has_news() for item in self._open.values()):
+                    return
+            now = time.monotonic()
+            for request_id, event in inbox:
+                self._note(request_id, event, now)
+            try:
+                self._flush([item for item in self._open.values() if item.is_due(now) or self._stopping])
+                backoff = 0.0
+            except redis.RedisError as error:
+                backoff = min(MAX_BACKOFF_SECONDS, backoff * 2 or 0.05)
+                logger.warning("events wait for Redis: %s", error)
+            except Exception:  # noqa: BLE001 the thread must outlive a defect: without it nobody gets an answer
+                backoff = MAX_BACKOFF_SECONDS
+                logger.exception("publishing failed")
+
+    def _patience(self) -> float | None:
+        """How long nothing can become due by itself; None for ever."""
+        return LINGER_SECONDS / 2 if any(item.has_news() for item in self._open.values()) else None
+
+    def _note(self, request_id: str, event: TokenEvent | tuple[bytes, bytes], now: float) -> None:
+        item = self._open.get(request_id)
+        if item is None:
+            return
+        if isinstance(event, tuple):
+            item.end = event
+        elif isinstance(event, Delta):
+            item.texts.append(event.text)
+            item.num_tokens += len(event.tokens)
+        elif isinstance(event, Started):
+            item.started = True
+        if item.waiting_since is None:
+            item.waiting_since = now
+
+    def _flush(self, due: list[_Outgoing]) -> None:
+        """One round trip for all that is due."""
+        due = [item for item in due if item.in_flight is not None or item.has_news()]
+        if not due:
+            return
+        pipe = self._client.pipeline(transaction=False)
+        for item in due:
+            pipe.evalsha(self._script.sha, 2, item.ticket_key, item.key, *item.pack())
+        replies = pipe.execute(raise_on_error=False)
+        failed = next((reply for reply in replies if isinstance(reply, Exception)), None)
+        for item, reply in zip(due, replies, strict=True):
+            if not isinstance(reply, Exception):
+                self._sent(item, reply != 0)
+        if self._on_flush is not None:
+            self._on_flush(len(due))
+        if isinstance(failed, NoScriptError):
+            self._client.script_load(self._script.script)
+            self._flush(due)
+        elif failed is not None:
+            raise failed
+
+    def _sent(self, item: _Outgoing, held: bool) -> None:
+        request_id = item.lease.ticket.request_id
+        item.in_flight = None
+        if not held and not item.fenced:
+            item.fenced = True
+            self._on_fenced(request_id)
+        if item.ends_in_flight:
+            self._open.pop(request_id, None)
+            self._on_end(request_id, held)
+
+
+def end_claimed(client: redis.Redis, lease: Lease, final: bytes, outcome: bytes) -> bool:
+    """The last event of a ticket that was claimed, by whoever claimed it. False if another has claimed it since."""
+    ticket = lease.ticket
+    head = [ticket.request_id, lease.token, 0, DONE_TTL_SECONDS, ticket.max_tokens + SPARE_EVENTS, outcome, final]
+    reply = script(client, "append")(keys=[ticket_key(ticket.request_id), stream_key(ticket.request_id)], args=head)
+    return bool(reply)
+
+
+# Reading
+
+QUEUE_SIZE = 1024
+BLOCK_SECONDS = 5.0
+WATCH_SECONDS = 2.0
+
+
+class SlowFollower(Exception):
+    """A follower did not take its events in time; its request goes on without it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Follower:
+    queue: asyncio.Queue[StreamEvent | None]
+    after: tuple[int, int] = (0, 0)
+    overflowed: bool = False
+
+    def offer(self, event: StreamEvent | None) -> None:
+        try:
+            self.queue.put_nowait(event)
+        except asyncio.QueueFull:
+            self.overflowed = True
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A live stream: where the reader is in it, and who follows."""
+
+    cursor: str
+    followers: set[_Follower] = field(default_factory=set)
+    last_news: float = 0.0
+    strikes: int = 0
+
+
+def _position(event_id: str) -> tuple[int, int]:
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number or 0)
+
+
+class StreamReader:
+    """Follows any number of requests over one connection. Belongs to one event loop."""
+
+    def __init__(self, url: str) -> None:
+        self._client = redis.asyncio.Redis.from_url(url, socket_timeout=5.0, socket_connect_timeout=1.0)
+        self._url = url
+        self._wake_key = f"wake:{uuid.uuid4().hex}"
+        self._wake_cursor = "0"
+        self._streams: dict[str, _Followed] = {}
+        self._blocked = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._wakes: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Idempotent; `follow` calls it."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
+
+    async def stop(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._client.delete(self._wake_key)
+        await self._client.aclose()
+
+    @property
+    def num_followed(self) -> int:
+        return len(self._streams)
+
+    @contextlib.asynccontextmanager
+    async def follow(self, request_id: str, last_id: str = "0") -> AsyncIterator[AsyncIterator[StreamEvent]]:
+        """Events after `last_id`, up to the last one. The iterator raises SlowFollower when it is not read in time.
+
+        A request that vanished from Redis ends with a finished event of error `request_lost`.
+        """
+        await self.start()
+        follower = _Follower(asyncio.Queue(QUEUE_SIZE), _position(last_id))
+        followed = self._streams.get(request_id)
+        if followed is None:
+            followed = self._streams[request_id] = _Followed(last_id)
+            self._wake()
+        followed.last_news = time.monotonic()
+        followed.followers.add(follower)
+        try:
+            backlog: Sequence[StreamEvent] = ()
+            if _position(followed.cursor) > follower.after:
+                backlog = await asyncio.shield(asyncio.ensure_future(self._range(request_id, last_id)))
+            yield self._events(follower, backlog)
+        finally:
+            followed.followers.discard(follower)
+            if not followed.followers and self._streams.get(request_id) is followed:
+                del self._streams[request_id]
+
+    async def _events(self, follower: _Follower, backlog: Sequence[StreamEvent]) -> AsyncIterator[StreamEvent]:
+        for event in backlog:
+            follower.after = _position(event.id)
+            yield event
+            if event.kind == "finished":
+                return
+        while True:
+            if follower.overflowed:
+                raise SlowFollower
+            next_one = await follower.queue.get()
+            if next_one is None:
+                return
+            position = _position(next_one.id)
+            if position > follower.after:
+                follower.after = position
+                yield next_one
+            if next_one.kind == "finished":
+                return
+
+    async def _range(self, request_id: str, last_id: str) -> list[StreamEvent]:
+        entries = await self._client.xrange(stream_key(request_id), min=f"({last_id}")
+        return [_event(entry_id, values[b"e"]) for entry_id, values in entries]
+
+    def _wake(self) -> None:
+        """The reader must take up a stream that its pending read does not name."""
+        self._changed.set()
+        if self._blocked:
+            self._blocked = False
+            task = asyncio.create_task(self._send_wake())
+            self._wakes.add(task)
+            task.add_done_callback(self._wakes.discard)
+
+    async def _send_wake(self) -> None:
+        try:
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.xadd(self._wake_key, {b"e": b""}, maxlen=1, approximate=False)
+                pipe.expire(self._wake_key, 3600)
+                await pipe.execute()
+        except (redis.RedisError, OSError) as error:
+            logger.warning("the stream reader could not be woken, it looks again by itself: %s", error)
+
+    async def _run(self) -> None:
+        backoff = 0.05
+        while True:
+            connection = self._client.connection_pool.make_connection()
+            try:
+                await connection.connect()
+                while True:
+                    if not self._streams:
+                        self._changed.clear()
+                        await self._changed.wait()
+                    await self._read(connection)
+                    backoff = 0.05
+            except (redis.RedisError, OSError) as error:
+                logger.warning("the stream reader connects again: %s", error)
+                await asyncio.sleep(backoff)
+                backoff = min(MAX_BACKOFF_SECONDS, backoff * 2)
+            finally:
+                self._blocked = False
+                await connection.disconnect(nowait=True)
+
+    async def _read(self, connection: Any) -> None:
+        names = list(self._streams)
+        cursors = [self._streams[name].cursor for name in names]
+        keys = [f"gen:{name}" for name in names]
+        command = ["XREAD", "COUNT", 1000, "BLOCK", int(BLOCK_SECONDS * 1000), "STREAMS"]
+        self._blocked = True
+        await connection.send_command(*command, *keys, self._wake_key, *cursors, self._wake_cursor)
+        reply = await connection.read_response(timeout=BLOCK_SECONDS + 3)
+        self._blocked = False
+        pairs = reply.items() if isinstance(reply, dict) else reply or ()
+        for key, entries in pairs:
+            if key == self._wake_key.encode():
+                self._wake_cursor = entries[-1][0].decode()
+            else:
+                self._deliver(key[4:].decode(), entries)
+
+    def _deliver(self, request_id: str, entries: Sequence[Any]) -> None:
+        followed = self._streams.get(request_id)
+        if followed is None:
+            return
+        followed.cursor = entries[-1][0].decode()
+        followed.last_news, followed.strikes = time.monotonic(), 0
+        for entry_id, values in entries:
+            event = _event(entry_id, values[1])
+            for follower in followed.followers:
+                follower.offer(event)
+            if event.kind == "finished":
+                self._streams.pop(request_id, None)
+
+    async def _watch(self) -> None:
+        """End the streams of requests that Redis no longer knows (it lost its memory) or that were over before."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            quiet_since = time.monotonic() - WATCH_SECONDS
+            quiet = [name for name, followed in self._streams.items() if followed.last_news < quiet_since]
+            if not quiet:
+                continue
+            try:
+                async with self._client.pipeline(transaction=False) as pipe:
+                    for name in quiet:
+                        pipe.hget(ticket_key(name), "state")
+                    states = await pipe.execute()
+            except (redis.RedisError, OSError) as error:
+                logger.warning("live requests could not be checked: %s", error)
+                continue
+            for name, state in zip(quiet, states, strict=True):
+                self._judge(name, state)
+
+    def _judge(self, request_id: str, state: bytes | None) -> None:
+        followed = self._streams.get(request_id)
+        if followed is None:
+            return
+        followed.strikes = followed.strikes + 1 if state in (None, b"done") else 0
+        if followed.strikes < 2:  # the last event may be under way
+            return
+        del self._streams[request_id]
+        lost = {"t": "finished", "reason": "error", "stop_word": None, "error": "request_lost", "receipt": None}
+        for follower in followed.followers:
+            milliseconds, number = follower.after
+            follower.offer(None if state else StreamEvent(f"{milliseconds}-{number + 1}", lost))
+
+
+def _event(entry_id: bytes, body: bytes) -> StreamEvent:
+    return StreamEvent(entry_id.decode(), orjson.loads(body))

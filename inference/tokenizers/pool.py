@@ -1,0 +1,282 @@
+"""Tokenizer children of the web process: started on demand, killed when they hang, replaced when they die.
+
+A child holds the vocabulary of one model (python -m inference.engine.tokenizer). Neither a hostile vocabulary nor a
+hostile text can stop the process that asks. Called from admission's threads; a call blocks for its time limit at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+from django.conf import settings
+
+from accounts.refusals import Refusal
+
+logger = logging.getLogger(__name__)
+
+MAX_TEXT_CHARACTERS = 2**20
+MAX_REPLY_BYTES = 32 * 2**20
+START_TIMEOUT_SECONDS = 20.0
+MEMORY_BYTES = 4 * 2**30
+CHUNK = 65536
+LENGTH = struct.Struct(">I")
+
+
+class HasVocabulary(Protocol):
+    """As much of registry.Served as is needed here."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocabulary_path(self) -> Path: ...
+
+
+class ChildError(Exception):
+    """The child did not answer: it hung, died, or said nonsense. It must not be used again."""
+
+
+class TokenizerChild:
+    """One child process. Used by one thread at a time."""
+
+    def __init__(self, command: Sequence[str], *, start_timeout: float = START_TIMEOUT_SECONDS) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._stdin, False)
+        os.set_blocking(self._stdout, False)
+        try:
+            self.info = self._exchange(b"", time.monotonic() + start_timeout)
+        except ChildError:
+            self.kill()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, message: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+        """The child's reply. Raises ChildError."""
+        body = orjson.dumps(message)
+        return self._exchange(LENGTH.pack(len(body)) + body, time.monotonic() + timeout_seconds)
+
+    def kill(self) -> None:
+        """End it now. Idempotent."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _exchange(self, data: bytes, deadline: float) -> dict[str, Any]:
+        """Write a frame and read one; both ends may be slow, so neither blocks."""
+        received = bytearray()
+        missing = LENGTH.size
+        poller = select.poll()
+        poller.register(self._stdout, select.POLLIN)
+        if data:
+            poller.register(self._stdin, select.POLLOUT)
+        view = memoryview(data)
+        while len(received) < missing:
+            ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not ready:
+                raise ChildError("it took too long")
+            for descriptor, _ in ready:
+                if descriptor == self._stdin:
+                    view = self._write(view, poller)
+                else:
+                    received += self._read()
+            if missing == LENGTH.size and len(received) >= LENGTH.size:
+                missing += self._length(received)
+        return self._parse(bytes(received[LENGTH.size :]))
+
+    def _write(self, view: memoryview, poller: select.poll) -> memoryview:
+        try:
+            view = view[os.write(self._stdin, view[:CHUNK]) :]
+        except BlockingIOError:
+            return view
+        except OSError as error:
+            raise ChildError("it has died") from error
+        if not view:
+            poller.unregister(self._stdin)
+        return view
+
+    def _read(self) -> bytes:
+        try:
+            data = os.read(self._stdout, CHUNK)
+        except BlockingIOError:
+            return b""
+        if not data:
+            raise ChildError("it has died")
+        return data
+
+    @staticmethod
+    def _length(received: bytearray) -> int:
+        (length,) = LENGTH.unpack_from(received)
+        if length > MAX_REPLY_BYTES:
+            raise ChildError("its reply is too long")
+        return int(length)
+
+    @staticmethod
+    def _parse(body: bytes) -> dict[str, Any]:
+        try:
+            reply = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise ChildError("its reply is not JSON") from error
+        if not isinstance(reply, dict):
+            raise ChildError("its reply is not an object")
+        return reply
+
+
+class _Family:
+    """The children that hold one vocabulary."""
+
+    def __init__(self, command: Sequence[str], most: int) -> None:
+        self._command = command
+        self._most = most
+        self._changed = threading.Condition()
+        self._idle: list[TokenizerChild] = []
+        self._num_children = 0
+
+    @contextlib.contextmanager
+    def borrow(self, timeout_seconds: float) -> Iterator[TokenizerChild]:
+        """A child for one question. One that raised ChildError is killed. Raises TimeoutError if all stay busy."""
+        child = self._acquire(timeout_seconds)
+        try:
+            yield child
+        except BaseException:
+            child.kill()
+            self._gone()
+            raise
+        with self._changed:
+            self._idle.append(child)
+            self._changed.notify()
+
+    def _acquire(self, timeout_seconds: float) -> TokenizerChild:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._idle or self._num_children < self._most, timeout_seconds):
+                raise TimeoutError
+            if self._idle:
+                return self._idle.pop()
+            self._num_children += 1
+        try:
+            return TokenizerChild(self._command)
+        except BaseException:
+            self._gone()
+            raise
+
+    def _gone(self) -> None:
+        with self._changed:
+            self._num_children -= 1
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            children, self._idle = self._idle, []
+            self._num_children -= len(children)
+        for child in children:
+            child.kill()
+
+
+class TokenizerPool:
+    """Children by vocabulary, `processes` each at most. Thread-safe."""
+
+    def __init__(self, *, processes: int, timeout_seconds: float, command: Sequence[str] | None = None) -> None:
+        self._processes = processes
+        self._timeout_seconds = timeout_seconds
+        limits = ["--cpu-seconds", str(math.ceil(timeout_seconds) + 1), "--memory-bytes", str(MEMORY_BYTES)]
+        self._command = command or [sys.executable, "-m", "inference.engine.tokenizer"]
+        self._limits = [] if command else limits
+        self._lock = threading.Lock()
+        self._families: dict[str, _Family] = {}
+
+    def encode(self, model: HasVocabulary, text: str) -> tuple[int, ...]:
+        """The tokens of a prompt, with those that the model wants around it; nothing in the text becomes special.
+
+        Raises Refusal: context_length_exceeded (without asking), prompt_not_tokenizable, service_unavailable,
+        model_unavailable.
+        """
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise Refusal(
+                "context_length_exceeded", f"The prompt has {len(text)} characters, more than any model takes here."
+            )
+        return tuple(self.ask(model, {"op": "encode", "text": text})["tokens"])
+
+    def decode(self, model: HasVocabulary, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens. Raises Refusal as `encode`; invalid_token for an id that the model does not have."""
+        return str(self.ask(model, {"op": "detokenize", "tokens": list(tokens), "special": special})["text"])
+
+    def info(self, model: HasVocabulary) -> dict[str, Any]:
+        """n_vocab, bos_token, eos_token, eot_token, end_tokens, add_bos, add_eos, chat_template."""
+        return self.ask(model, {"op": "info"})
+
+    def ask(self, model: HasVocabulary, message: dict[str, Any]) -> dict[str, Any]:
+        """One question, repeated once if the child died of an earlier one. Raises Refusal."""
+        family = self._family(model)
+        for attempt in (1, 2):
+            started = time.monotonic()
+            try:
+                with family.borrow(self._timeout_seconds) as child:
+                    _check_start(child, model)
+                    reply = child.ask(message, self._timeout_seconds)
+                return _checked(reply)
+            except TimeoutError:
+                raise Refusal("service_unavailable", "All tokenizers are busy.", retry_after=1) from None
+            except ChildError as error:
+                logger.warning("a tokenizer of %s was ended: %s", model.name, error)
+                too_slow = time.monotonic() - started >= self._timeout_seconds
+                if too_slow or attempt == 2:
+                    raise Refusal("prompt_not_tokenizable", "This text cannot be tokenized.") from error
+        raise AssertionError("unreachable")
+
+    def _family(self, model: HasVocabulary) -> _Family:
+        with self._lock:
+            family = self._families.get(model.digest)
+            if family is None:
+                command = [*self._command, str(model.vocabulary_path), *self._limits]
+                family = self._families[model.digest] = _Family(command, self._processes)
+            return family
+
+    def close(self) -> None:
+        """End the idle children; those at work end with this process."""
+        with self._lock:
+            families, self._families = list(self._families.values()), {}
+        for family in families:
+            family.close()
+
+
+def _check_start(child: TokenizerChild, model: HasVocabulary) -> None:
+    """A child that could not load its vocabulary said so in its first frame."""
+    if not child.info.get("ok"):
+        logger.error("the vocabulary of %s cannot be loaded: %s", model.name, child.info.get("message"))
+        raise Refusal("model_unavailable", f"The vocabulary of {model.name!r} cannot be loaded; the operator was told.")
+
+
+def _checked(reply: dict[str, Any]) -> dict[str, Any]:
+    if not reply.get("ok"):
+        raise Refusal(str(reply.get("code", "prompt_not_tokenizable")), str(reply.get("message", "")))
+    return reply
+
+
+@lru_cache(maxsize=1)
+def tokenizer_pool() -> TokenizerPool:
+    """The pool of this process."""
+    config = settings.CONFIG
+    return TokenizerPool(processes=config.tokenizer_processes, timeout_seconds=config.tokenizer_timeout_seconds)

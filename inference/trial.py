@@ -1,0 +1,110 @@
+"""Starts the trial of a model file in a child process and turns any end of it, a crash too, into a report or a reason.
+
+The calling thread waits; the registry calls it at registration. Whatever the file does, this process survives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
+"""No secret reaches a process that opens hostile files."""
+MAX_ANSWER_BYTES = 64 << 10
+OVERHEAD_BYTES = 3 << 30
+"""Address space beside the weights: Python, llama.cpp, thread stacks, compute buffers."""
+
+
+class TrialError(Exception):
+    """The model did not pass; the message says why, for a person."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Bounds of one trial. CPU seconds are of all threads together."""
+
+    cpu_seconds: int = 600
+    wall_seconds: float = 600.0
+    overhead_bytes: int = OVERHEAD_BYTES
+
+    def run(self, path: Path, vocabulary: Path) -> dict[str, Any]:
+        """What llama.cpp says about the model (trial_load.examine). Raises TrialError."""
+        with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as logs:
+            try:
+                status = self._run_child(path, vocabulary, answers, logs)
+            except subprocess.TimeoutExpired as error:
+                raise TrialError(f"it did not load within {self.wall_seconds:g} s") from error
+            if status != 0:
+                raise TrialError(_describe_end(status, _tail(logs)))
+            report = _parse(_tail(answers))
+            if not report.pop("ok"):
+                raise TrialError(_with_log(str(report.get("reason")), _tail(logs)))
+            return report
+
+    def _run_child(self, path: Path, vocabulary: Path, answers: IO[bytes], logs: IO[bytes]) -> int:
+        question = {
+            "path": str(path),
+            "vocabulary": str(vocabulary),
+            "parent": os.getpid(),
+            "cpu_seconds": self.cpu_seconds,
+            # The weights are mapped, and kernels that repack them keep a second copy.
+            "max_memory_bytes": 2 * path.stat().st_size + self.overhead_bytes,
+        }
+        environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "inference.trial_load"],
+            stdin=subprocess.PIPE,
+            stdout=answers,
+            stderr=logs,
+            cwd=BASE_DIR,
+            env={**environment, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        try:
+            child.communicate(json.dumps(question).encode(), timeout=self.wall_seconds)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        return child.returncode
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        report = json.loads(data)
+    except ValueError as error:
+        raise TrialError("the trial process gave no answer") from error
+    if not isinstance(report, dict) or not isinstance(report.get("ok"), bool):
+        raise TrialError("the trial process gave an answer that is not one")
+    return report
+
+
+def _tail(file: IO[bytes]) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - MAX_ANSWER_BYTES))
+    return file.read()
+
+
+def _describe_end(status: int, log: bytes) -> str:
+    if status >= 0:
+        return _with_log(f"the trial process ended with status {status}", log)
+    if -status == signal.SIGXCPU:
+        return "it used more processor time than a trial may"
+    return _with_log(f"llama.cpp crashed on it ({signal.Signals(-status).name})", log)
+
+
+def _with_log(reason: str, log: bytes) -> str:
+    """The reason with llama.cpp's last word on it, one line, printable."""
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "assert" in line.lower() or "bad_alloc" in line]
+    if not telling:
+        return reason
+    last_word = "".join(character for character in telling[-1] if character.isprintable())[:300]
+    return f"{reason}: {last_word}"

@@ -1,0 +1,298 @@
+"""The outermost ASGI wrapper: bounds on bodies and slow clients, the request id, one log line per request.
+
+Knows bytes and clocks, no key, no model, no Django. Runs on the event loop, in front of both doors of llmsite/asgi.py.
+It leaves `scope["llmsite.request_id"]`, and `scope["llmsite.log"]`: a dict whose entries end up in the log line.
+HeaderDeadlineProtocol bounds what no ASGI application can see: the time and size of the headers themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import structlog
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from llmsite.config import get_config
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+REQUEST_ID = "llmsite.request_id"
+REQUEST_LOG = "llmsite.log"
+ABORT = "llmsite.abort"
+CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+MAX_HEADER_BYTES = 64 * 1024
+MAX_DRAINED_BYTES = 16 * 1024 * 1024
+STATUS_CLIENT_GONE = 499
+"""Only ever logged: nobody is left to read a status."""
+
+log = structlog.get_logger("llmsite.request")
+
+
+class BodyTooLarge(Exception):
+    """The declared or the streamed body is over the limit."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+class ClientTooSlow(ConnectionError):
+    """The client did not read what was sent within the time limit; its connection has been cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """max_body_bytes is inclusive. body_seconds bounds the whole body, send_seconds each send to a client."""
+
+    max_body_bytes: int
+    body_seconds: float
+    send_seconds: float
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer, as bytes."""
+
+    scope: Scope
+    outer_receive: Receive
+    outer_send: Send
+    bounds: Bounds
+    request_id: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    body: bytes | None = None
+    status: int = 0
+    is_complete: bool = False
+    started_at: float = field(default_factory=time.perf_counter)
+
+    async def read_body(self) -> None:
+        """Raises BodyTooLarge, ClientGone, or TimeoutError at the deadline."""
+        if _content_length(self.scope) > self.bounds.max_body_bytes:
+            raise BodyTooLarge
+        async with asyncio.timeout(self.bounds.body_seconds):
+            message = await self._next_part()
+            body = message.get("body", b"")
+            if message.get("more_body"):
+                body = await self._read_on(bytearray(body))
+        if len(body) > self.bounds.max_body_bytes:
+            raise BodyTooLarge
+        self.body = body
+
+    async def _read_on(self, body: bytearray) -> bytes:
+        while True:
+            message = await self._next_part()
+            body += message.get("body", b"")
+            if len(body) > self.bounds.max_body_bytes:
+                raise BodyTooLarge
+            if not message.get("more_body"):
+                return bytes(body)
+
+    async def _next_part(self) -> Message:
+        message = await self.outer_receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        return message
+
+    async def receive(self) -> Message:
+        """The body in one piece; after that whatever the server says, which is that the client has gone."""
+        if self.body is not None:
+            body, self.body = self.body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await self.outer_receive()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", ()))
+            headers.append((b"x-request-id", self.request_id.encode()))
+            message = {**message, "headers": headers}
+        elif not message.get("more_body"):
+            self.is_complete = True
+        try:
+            async with asyncio.timeout(self.bounds.send_seconds):
+                await self.outer_send(message)
+        except TimeoutError as error:
+            self.abort()
+            raise ClientTooSlow from error
+
+    def abort(self) -> None:
+        """Cut the connection where the server lets us; else it closes when the application returns."""
+        abort = self.scope.get(ABORT)
+        if abort is not None:
+            abort()
+
+    async def refuse(self, status: int, code: str, message: str, *, drain: bool = False, **extra: Any) -> None:
+        """A JSON error and the end of the connection.
+
+        With drain the rest of the body is read and dropped before the connection closes: closing on unread bytes
+        sends a reset that can overtake the answer.
+        """
+        self.fields["error_type"] = code
+        content: dict[str, Any] = {"code": code, "message": message, "request_id": self.request_id}
+        if extra:
+            content["extra"] = extra
+        body = orjson.dumps(content)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        if drain and not _expects_continue(self.scope):
+            await self._drain()
+        await self.send({"type": "http.response.body", "body": b""})
+
+    async def _drain(self) -> None:
+        num_bytes = 0
+        try:
+            async with asyncio.timeout(self.bounds.body_seconds):
+                while num_bytes < MAX_DRAINED_BYTES:
+                    message = await self._next_part()
+                    num_bytes += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+        except (TimeoutError, ClientGone):
+            return
+
+    def write_log_line(self) -> None:
+        client = self.scope.get("client")
+        log.info(
+            "request",
+            request_id=self.request_id,
+            method=self.scope["method"],
+            path=self.scope["path"],
+            status_code=self.status or STATUS_CLIENT_GONE,
+            latency_ms=round((time.perf_counter() - self.started_at) * 1000, 2),
+            client_ip=client[0] if client else "",
+            **self.fields,
+        )
+
+
+class Guard:
+    """Wraps `app`; every request through it has an id, a bounded body, a bounded time to send it and to read the answer."""
+
+    def __init__(self, app: App, bounds: Bounds) -> None:
+        self.app = app
+        self.bounds = bounds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send, self.bounds, request_id=str(uuid.uuid4()))
+        scope[REQUEST_ID] = exchange.request_id
+        scope[REQUEST_LOG] = exchange.fields
+        _note_client_id(scope, exchange.fields)
+        try:
+            await self._serve(exchange)
+        finally:
+            exchange.write_log_line()
+
+    async def _serve(self, exchange: Exchange) -> None:
+        try:
+            await exchange.read_body()
+            await self.app(exchange.scope, exchange.receive, exchange.send)
+        except BodyTooLarge:
+            limit = self.bounds.max_body_bytes
+            text = f"The request body is over the limit of {limit} bytes."
+            await exchange.refuse(413, "request_too_large", text, drain=True, max_body_bytes=limit)
+        except TimeoutError:
+            if exchange.status:
+                raise
+            text = f"The request body did not arrive within {self.bounds.body_seconds:g} seconds."
+            await exchange.refuse(408, "request_timeout", text)
+        except (ClientGone, ClientTooSlow) as error:
+            exchange.fields["error_type"] = "client_gone" if isinstance(error, ClientGone) else "client_too_slow"
+
+
+def _content_length(scope: Scope) -> int:
+    """The declared length; 0 where none, or none that is a number, is declared: then the bytes are counted."""
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < 20 else 0
+    return 0
+
+
+def _expects_continue(scope: Scope) -> bool:
+    return any(name == b"expect" for name, _ in scope["headers"])
+
+
+def _note_client_id(scope: Scope, fields: dict[str, Any]) -> None:
+    """A client's own id is worth a field of the log line, never more: ids of ours are primary keys."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and CLIENT_REQUEST_ID.fullmatch(value):
+            fields["client_request_id"] = value.decode()
+
+
+class HeaderDeadlineProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with a deadline and a size for headers; it has neither.
+
+    Give it to uvicorn as `http=HeaderDeadlineProtocol`. The clock runs from the connection, or the first byte after a
+    finished answer, to the end of the headers: 408 and close after it, 431 and close above MAX_HEADER_BYTES.
+    """
+
+    header_seconds: float | None = None
+    """None takes BODY_TIMEOUT_SECONDS of the configuration."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._num_header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_came()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_headers()
+        self._num_header_bytes += len(data)
+        super().data_received(data)
+        if self._header_timer is not None and self._num_header_bytes > MAX_HEADER_BYTES:
+            self._refuse(431, "request_header_fields_too_large", "The request headers are too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+    def on_headers_complete(self) -> None:
+        self._headers_came()
+        super().on_headers_complete()
+
+    def _await_headers(self) -> None:
+        seconds = self.header_seconds
+        if seconds is None:
+            seconds = get_config().body_timeout_seconds
+        self._num_header_bytes = 0
+        self._header_timer = self.loop.call_later(
+            seconds, self._refuse, 408, "request_timeout", "The request headers did not arrive in time."
+        )
+
+    def _headers_came(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._headers_came()
+        if self.transport.is_closing():
+            return
+        body = orjson.dumps({"code": code, "message": message, "request_id": str(uuid.uuid4())})
+        head = f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()

@@ -1,0 +1,66 @@
+"""What the supervisor prints: its own lines and its children's, each with the name of who speaks.
+
+Standard library only. Output that nobody reads any more is dropped, never a reason to stop serving.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import TextIO
+
+COLOURS = {"web": "36", "worker": "32", "beat": "35", "valkey": "33", "setup": "34"}
+NAME_WIDTH = max(map(len, COLOURS))
+LONGEST_LINE_BYTES = 32 * 1024
+
+
+@dataclass
+class Console:
+    """Writes whole lines. `is_coloured` is for terminals."""
+
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    is_coloured: bool = False
+    is_gone: bool = False
+
+    @classmethod
+    def of_this_process(cls) -> Console:
+        return cls(is_coloured=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+    def say(self, text: str = "") -> None:
+        """A line of the supervisor itself."""
+        self._write(text)
+
+    def relay(self, name: str, line: str) -> None:
+        """A line of a child."""
+        label = f"{name:<{NAME_WIDTH}} |"
+        if self.is_coloured:
+            label = f"\x1b[{COLOURS.get(name, '37')}m{label}\x1b[0m"
+        self._write(f"{label} {line}")
+
+    def _write(self, text: str) -> None:
+        if self.is_gone:
+            return
+        try:
+            self.out.write(text + "\n")
+            self.out.flush()
+        except OSError:  # the reader of a pipe has gone: go on serving, silently
+            self.is_gone = True
+
+
+class Lines:
+    """Cuts a stream of bytes into lines of bounded length."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that are complete now."""
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > LONGEST_LINE_BYTES:
+            whole, self._rest = [*whole, self._rest], b""
+        return [line.decode("utf-8", "replace").rstrip("\r") for line in whole]
+
+    def end(self) -> list[str]:
+        rest, self._rest = self._rest, b""
+        return [rest.decode("utf-8", "replace")] if rest else []

@@ -1,0 +1,290 @@
+"""The engine's thread: inbox, cancel, crash, drain, stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from inference.engine import (
+    EngineError,
+    EngineRunner,
+    FakeBackend,
+    FinishReason,
+    SlotWork,
+    Started,
+    TokenEvent,
+)
+
+from .cast import EventLog, assert_well_formed, make_request
+
+pytestmark = pytest.mark.unit
+
+Start = Callable[..., EngineRunner]
+
+
+class BreakingBackend(FakeBackend):
+    """Fails at a given step, for good."""
+
+    def __init__(self, *args: Any, fails_at: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.steps_left = fails_at
+        self.is_freed = False
+
+    def execute(self, work: Sequence[SlotWork], adapters: Any) -> list[tuple[int, ...]]:
+        self.steps_left -= 1
+        if self.steps_left < 0:
+            raise RuntimeError("the device is gone")
+        return super().execute(work, adapters)
+
+    def free(self) -> None:
+        self.is_freed = True
+        super().free()
+
+
+def code_of(action: Callable[[], object]) -> str:
+    with pytest.raises(EngineError) as caught:
+        action()
+    return caught.value.code
+
+
+def test_200_waiting_requests_on_2_slots_all_finish_first_come_first_served(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(2, 64))
+    names = [f"r{index}" for index in range(200)]
+    for name in names:
+        runner.submit(make_request(name))
+    log.wait_finished(*names)
+    started = [event.request_id for event in log.events if isinstance(event, Started)]
+    assert started == names
+    assert {last.reason for last in log.finished.values()} == {FinishReason.LENGTH}
+    assert_well_formed(log.events)
+
+
+def test_requests_from_many_threads_are_decoded_together(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(8, 64, seconds_per_step=0.002))
+    names = [f"r{index}" for index in range(8)]
+    threads = [
+        threading.Thread(target=runner.submit, args=(make_request(name, max_tokens=30),)) for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    log.wait_finished(*names)
+    for last in log.finished.values():
+        assert last.receipt.batch_sequences / last.receipt.num_steps >= 4
+
+
+def test_all_events_of_a_step_come_in_one_call(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(4, 64, seconds_per_step=0.02))
+    names = [f"r{index}" for index in range(5)]
+    for name in names:
+        runner.submit(make_request(name, max_tokens=8))
+    log.wait_finished(*names)
+    assert len(log.calls) == runner.stats().num_steps
+    assert max(len({event.request_id for event in call}) for call in log.calls) == 4
+
+
+def test_an_idle_engine_sleeps_and_wakes_at_once(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 64))
+    time.sleep(0.05)
+    used = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - used < 0.1
+    delays = []
+    for index in range(30):
+        began = time.perf_counter()
+        runner.submit(make_request(f"r{index}", max_tokens=1))
+        log.wait_finished(f"r{index}")
+        delays.append(time.perf_counter() - began)
+    assert sorted(delays)[len(delays) // 2] < 0.01
+    assert runner.stats().num_steps == 30
+
+
+def test_cancel_ends_a_running_request_before_its_next_step(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 10_000, seconds_per_step=0.005))
+    runner.submit(make_request("long", max_tokens=9000))
+    log.wait_started("long")
+    runner.cancel("long")
+    runner.cancel("long")
+    runner.cancel("nobody")
+    log.wait_finished("long")
+    assert log.finished["long"].reason is FinishReason.CANCELLED
+    assert_well_formed(log.events)
+
+
+def test_a_request_cancelled_before_the_engine_saw_it_still_finishes(log: EventLog) -> None:
+    runner = EngineRunner(FakeBackend(1, 64), sink=log)
+    runner.submit(make_request())
+    runner.cancel("r")
+    runner.start()
+    log.wait_finished("r")
+    runner.stop()
+    assert [last.reason for last in log.finished.values()] == [FinishReason.CANCELLED]
+    assert runner.stats().num_steps == 0
+
+
+def test_an_id_is_refused_while_it_is_live_and_welcome_afterwards(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 10_000, seconds_per_step=0.005))
+    runner.submit(make_request(max_tokens=9000))
+    assert code_of(lambda: runner.submit(make_request())) == "duplicate_request"
+    runner.cancel("r")
+    log.wait_finished("r")
+    assert runner.drain(0) or True
+    deadline = time.monotonic() + 5
+    while runner.stats().busy_slots and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_the_id_of_a_finished_request_may_come_again(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 64))
+    for count in (1, 2):
+        runner.submit(make_request())
+        log.wait_for(lambda count=count: runner.stats().completion_tokens_total == 4 * count)  # type: ignore[misc]
+        log.wait_for(lambda count=count: sum(event.request_id == "r" for event in log.events) == 6 * count)  # type: ignore[misc]
+        wait_until(lambda: not runner._live)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.001)
+
+
+def test_a_full_queue_refuses(log: EventLog) -> None:
+    runner = EngineRunner(FakeBackend(1, 64), sink=log, max_waiting=2)
+    for name in "abc":
+        runner.submit(make_request(name))
+    assert code_of(lambda: runner.submit(make_request("d"))) == "queue_full"
+    runner.stop()
+
+
+def test_an_impossible_request_is_refused_at_the_door(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 64))
+    assert code_of(lambda: runner.submit(make_request(prompt=tuple(range(64))))) == "prompt_too_long"
+    assert code_of(lambda: runner.submit(make_request(adapters=(("poet", 1.0),)))) == "adapters_not_supported"
+    assert log.events == []
+
+
+def test_a_broken_backend_ends_every_live_request_and_takes_no_more(log: EventLog, start: Start) -> None:
+    crashes: list[BaseException] = []
+    seen_at_crash: list[int] = []
+
+    def on_crash(crash: BaseException) -> None:
+        crashes.append(crash)
+        seen_at_crash.append(len(log.finished))
+
+    backend = BreakingBackend(2, 64, 0.01, fails_at=5)
+    runner = start(backend, on_crash=on_crash)
+    names = [f"r{index}" for index in range(6)]
+    for name in names:
+        runner.submit(make_request(name, max_tokens=50))
+    log.wait_finished(*names)
+    wait_until(lambda: bool(crashes))
+    assert {(last.reason, last.error) for last in log.finished.values()} == {(FinishReason.ERROR, "engine_crashed")}
+    assert (str(crashes[0]), seen_at_crash) == ("the device is gone", [6])
+    assert code_of(lambda: runner.submit(make_request("late"))) == "engine_stopped"
+    assert backend.is_freed
+    assert runner.drain(0)
+    assert_well_formed(log.events)
+
+
+def test_a_crash_without_anyone_to_tell_still_ends_the_requests(log: EventLog, start: Start) -> None:
+    runner = start(BreakingBackend(1, 64, fails_at=0))
+    runner.submit(make_request())
+    log.wait_finished("r")
+    assert log.finished["r"].error == "engine_crashed"
+
+
+def test_an_on_crash_that_fails_is_logged(log: EventLog, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    def on_crash(_: BaseException) -> None:
+        raise LookupError("nobody there")
+
+    runner = start(BreakingBackend(1, 64, fails_at=0), on_crash=on_crash)
+    runner.submit(make_request())
+    log.wait_finished("r")
+    runner.stop()
+    assert "on_crash has failed" in caplog.text
+
+
+def test_a_sink_that_raises_is_a_crash_and_every_request_still_finishes() -> None:
+    crashes: list[BaseException] = []
+    log = EventLog()
+    fails = iter([True])
+
+    def sink(events: Sequence[TokenEvent]) -> None:
+        if next(fails, False):
+            raise ConnectionError("the stream is gone")
+        log(events)
+
+    runner = EngineRunner(FakeBackend(2, 64), sink=sink, on_crash=crashes.append)
+    runner.submit(make_request("a", max_tokens=50))
+    runner.submit(make_request("b", max_tokens=50))
+    runner.start()
+    log.wait_finished("a", "b")
+    wait_until(lambda: bool(crashes))
+    assert isinstance(crashes[0], ConnectionError)
+    runner.stop()
+
+
+def test_a_sink_that_never_works_does_not_keep_the_backend_from_being_freed(caplog: pytest.LogCaptureFixture) -> None:
+    def sink(_: Sequence[TokenEvent]) -> None:
+        raise ConnectionError("the stream is gone")
+
+    backend = BreakingBackend(1, 64, fails_at=99)
+    runner = EngineRunner(backend, sink=sink)
+    runner.start()
+    runner.submit(make_request(max_tokens=50))
+    wait_until(lambda: backend.is_freed)
+    runner.stop()
+    assert "could not be closed cleanly" in caplog.text
+
+
+def test_drain_lets_live_requests_finish_and_takes_no_more(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 64, seconds_per_step=0.005))
+    for name in "abc":
+        runner.submit(make_request(name, max_tokens=5))
+    assert runner.drain(10) is True
+    assert {last.reason for last in log.finished.values()} == {FinishReason.LENGTH}
+    assert len(log.finished) == 3
+    assert code_of(lambda: runner.submit(make_request("late"))) == "engine_stopped"
+
+
+def test_drain_gives_up_at_its_deadline_and_stop_ends_the_rest(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 100_000, seconds_per_step=0.005))
+    runner.submit(make_request("running", max_tokens=90_000))
+    runner.submit(make_request("waiting", max_tokens=90_000))
+    log.wait_started("running")
+    began = time.monotonic()
+    assert runner.drain(0.1) is False
+    runner.stop()
+    assert time.monotonic() - began < 2
+    assert {last.error for last in log.finished.values()} == {"worker_stopping"}
+    assert len(log.finished) == 2
+    assert_well_formed(log.events)
+
+
+def test_stop_is_idempotent_and_ends_what_was_never_started(log: EventLog) -> None:
+    runner = EngineRunner(FakeBackend(1, 64), sink=log)
+    runner.submit(make_request())
+    runner.stop()
+    runner.stop()
+    assert [(last.reason, last.error) for last in log.finished.values()] == [(FinishReason.ERROR, "worker_stopping")]
+    assert code_of(lambda: runner.submit(make_request("late"))) == "engine_stopped"
+
+
+def test_stop_from_the_sink_does_not_wait_for_itself() -> None:
+    log = EventLog()
+
+    def sink(events: Sequence[TokenEvent]) -> None:
+        log(events)
+        runner.stop()
+
+    runner = EngineRunner(FakeBackend(1, 64), sink=sink)
+    runner.start()
+    runner.submit(make_request(max_tokens=50))
+    log.wait_finished("r")
+    runner.stop()
+    assert log.finished["r"].error == "worker_stopping"
