@@ -46,7 +46,7 @@ def issue(
     )
     if expires_at is not None and expires_at <= moment:
         raise IssuingError("A key must expire in the future.")
-    return key, _save_with_secret(key)
+    return key, save_new(key)
 
 
 def rotate(key: APIKey, overlap_seconds: float = 0, *, now: datetime | None = None) -> tuple[APIKey, str]:
@@ -68,7 +68,7 @@ def rotate(key: APIKey, overlap_seconds: float = 0, *, now: datetime | None = No
         created_at=moment,
     )
     with transaction.atomic():
-        text = _save_with_secret(successor)
+        text = save_new(successor)
         ends_at = moment + timedelta(seconds=overlap_seconds)
         active = APIKey.objects.filter(Q(expires_at__isnull=True) | Q(expires_at__gt=moment), revoked_at__isnull=True)
         old = active.filter(pk=key.pk)
@@ -105,7 +105,8 @@ def find(text: str) -> APIKey:
     return APIKey.objects.select_related("tenant").get(query)
 
 
-def _save_with_secret(key: APIKey) -> str:
+def save_new(key: APIKey) -> str:
+    """Gives an unsaved key its id and its secret and saves it; returns its text. Raises ValidationError."""
     new = keys.generate()
     key.public_id = new.public_id
     key.pepper_id, key.secret_hash = keys.digest(new.secret, keys.parse_peppers(settings.KEY_PEPPER))

@@ -23,9 +23,10 @@ from django.db import IntegrityError, InterfaceError, OperationalError, connecti
 from accounts import quota_rows
 from accounts.allotment import ChargeOrder, Held, Order, ReserveOrder, decide
 from accounts.group_commit import GroupCommit
-from accounts.models import APIKey, LedgerEntry, Reservation, Tenant
+from accounts.models import LedgerEntry, Reservation
 from accounts.quota_rows import Balances, Closed, CountersMoved, Movement, OwnerId
 from accounts.refusals import Refusal
+from accounts.usage import usage
 
 __all__ = [
     "ChargeOrder",
@@ -42,6 +43,7 @@ __all__ = [
     "settle",
     "settle_many",
     "sweep_expired",
+    "usage",
 ]
 
 logger = logging.getLogger(__name__)
@@ -145,8 +147,9 @@ def sweep_expired(now: datetime) -> int:
 def adjust(
     *,
     request_id: str,
-    tenant: Tenant,
-    key: APIKey | None = None,
+    tenant_id: int,
+    key_id: int | None = None,
+    anchor_day: int,
     tokens: int = 0,
     requests: int = 0,
     reason: str,
@@ -154,21 +157,22 @@ def adjust(
 ) -> None:
     """Corrects the current period by hand, with a reason in the ledger; negative numbers give back.
 
-    Moves the tenant's period, and the key's if one is named. Raises ValueError where a counter would fall below zero.
+    Moves the tenant's period, and the (quota) key's if one is named. Raises ValueError where a counter would fall below
+    zero. `request_id` names the correction in the ledger.
     """
-    owners: list[OwnerId] = [(tenant.pk, None)]
-    if key is not None:
-        owners.append((tenant.pk, key.quota_key_id or key.pk))
+    owners: list[OwnerId] = [(tenant_id, None)]
+    if key_id is not None:
+        owners.append((tenant_id, key_id))
     try:
         with transaction.atomic():
-            balances = quota_rows.read_balances({(owner, now): tenant.quota_anchor_day for owner in owners})
+            balances = quota_rows.read_balances({(owner, now): anchor_day for owner in owners})
             ids = [balances.at(owner, now).id for owner in owners]
             quota_rows.move({each: Movement(used_tokens=tokens, used_requests=requests) for each in ids})
             LedgerEntry.objects.create(
                 kind=LedgerEntry.Kind.ADJUST,
                 request_id=request_id,
                 tenant_period_id=ids[0],
-                key_period_id=ids[1] if key is not None else None,
+                key_period_id=ids[1] if key_id is not None else None,
                 used_tokens=tokens,
                 used_requests=requests,
                 reason=reason,

@@ -52,7 +52,7 @@ class CachedAnswer:
     request_id: str
     served: Served
     completion: Completion
-    tokens: RateState = RateState()
+    tokens: RateState
 
 
 def admit(
@@ -172,7 +172,7 @@ def _charge_cached(
             records=(receipt,),
         )
     )
-    return CachedAnswer(request_id, served, completion)
+    return CachedAnswer(request_id, served, completion, RateState())
 
 
 # Does it fit?

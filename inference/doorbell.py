@@ -1,6 +1,6 @@
 """One Celery message per ticket: "there is work in this pool". It carries nothing; the ticket waits in Redis.
 
-Sent by task name, so that the web imports no worker. A lost ring is repeated by the sweep and by the workers themselves.
+Sent by task name, so that the web imports no worker. A lost ring is repeated by the sweep and by the worker itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from llmsite.celery import app
 logger = logging.getLogger(__name__)
 
 SERVE = "inference.serve"
+HOUSEKEEPING = "housekeeping"
+"""The queue of beat's jobs, consumed by every worker beside its pool's."""
 
 
 def ring(pool: str) -> bool:

@@ -7,6 +7,7 @@ Layout: the GGUF specification of the ggml project (versions 2 and 3, little end
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections import Counter
@@ -502,7 +503,8 @@ def write_vocabulary_only(source: Path, target: Path) -> Header:
             os.fsync(writer.fileno())
         scratch.replace(target)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or the folder is gone: told already
+            scratch.unlink()
     return header
 
 

@@ -5,8 +5,10 @@ Slow (seconds for large files) and without any database row; the registry calls 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +86,7 @@ def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None
     header = check_header(path)
     stamp = _stamp(path)
     digest = _hash(path, progress)
-    scratch = vocabulary_path(f"{digest}.{os.getpid()}.trial")
+    scratch = vocabulary_path(f"{digest}.{secrets.token_hex(4)}.trial")
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         write_vocabulary_only(path, scratch)
@@ -101,7 +103,8 @@ def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None
     except OSError as error:
         raise RegistrationError("state_unwritable", f"{scratch.parent} cannot be written: {error}.") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # why it could not be written is told already
+            scratch.unlink()
     return Inspected(
         path=path,
         digest=digest,

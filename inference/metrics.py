@@ -42,7 +42,10 @@ QUEUE_SECONDS = Histogram(
     "llm_queue_wait_seconds", "From admission to a slot.", ["model_id"], buckets=FIRST_TOKEN_BUCKETS
 )
 BATCH_SIZE = Histogram(
-    "llm_batch_size", "Mean sequences in the executed plans that carried a request.", ["model_id"], buckets=BATCH_BUCKETS
+    "llm_batch_size",
+    "Mean sequences in the executed plans that carried a request.",
+    ["model_id"],
+    buckets=BATCH_BUCKETS,
 )
 SLOTS = Gauge("llm_slots", "Slots of loaded models.", ["model_id"], multiprocess_mode="livesum")
 SLOTS_BUSY = Gauge("llm_slots_busy", "Slots with a sequence.", ["model_id"], multiprocess_mode="livesum")
@@ -50,7 +53,9 @@ ENGINE_WAITING = Gauge("llm_engine_waiting", "Sequences without a slot.", ["mode
 QUEUE_LENGTH = Gauge("llm_queue_length", "Tickets that wait in Redis.", ["pool"], multiprocess_mode="livemax")
 STEPS = Counter("llm_engine_steps_total", "Executed plans.", ["model_id"])
 STEP_SEQUENCES = Counter("llm_engine_step_sequences_total", "Sequences, summed over executed plans.", ["model_id"])
-DECODE_STEPS = Counter("llm_engine_decode_steps_total", "Executed plans in which something was generated.", ["model_id"])
+DECODE_STEPS = Counter(
+    "llm_engine_decode_steps_total", "Executed plans in which something was generated.", ["model_id"]
+)
 DECODE_SEQUENCES = Counter(
     "llm_engine_decode_sequences_total", "Generating sequences, summed over executed plans.", ["model_id"]
 )

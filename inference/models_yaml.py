@@ -221,10 +221,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
         options["n_ctx"] = given["max_context"]
     if given.get("n_gpu_layers") is None and given.get("device") in {"cpu", "cuda", "mps"}:
         options["n_gpu_layers"] = 0 if given["device"] == "cpu" else -1
-    return {
-        name: ServedModel._meta.get_field(name).get_default() if value is None else value
-        for name, value in options.items()
-    }
+    fresh = ServedModel()
+    return {name: getattr(fresh, name) if value is None else value for name, value in options.items()}
 
 
 def _tenants(plan: Plan, place: str, names: list[str] | None) -> list[Tenant]:

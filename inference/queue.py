@@ -98,6 +98,7 @@ class TicketQueue:
         self._beat = script(client, "beat")
         self._sweep = script(client, "sweep")
         self._forget = script(client, "forget")
+        self._give_up = script(client, "give_up")
 
     def put(self, ticket: Ticket, *, queue_length: int | None = None) -> bool:
         """Queue the ticket. False where `queue_length` requests of the tenant wait already and no slot is free."""
@@ -181,6 +182,10 @@ class TicketQueue:
         reply = self._beat(args=[worker_id, pool, slots, body, int(ttl_seconds * 1000)])
         cancels, leases = (frozenset(member.decode() for member in part) for part in reply[:2])
         return Pulse(cancels, leases, reply[2])
+
+    def give_up(self, worker_id: str, request_ids: Sequence[str]) -> None:
+        """The worker does not serve these leases after all; the next sweep ends them."""
+        self._give_up(args=[worker_id, *request_ids])
 
     def sign_off(self, worker_id: str, pool: str) -> None:
         """The worker goes; what it still holds is claimed by the next sweep."""

@@ -223,7 +223,7 @@ def pending(client: redis.Redis, request_id: str) -> Ended | None:
 
 
 def settle_pending(client: redis.Redis, *, older_than_seconds: float = 0.0, most: int = GROUP_SIZE) -> int:
-    """Settle outcomes that wait in Redis, whoever made them; returns how many. Raises as settle_many, and RedisError."""
+    """Settle outcomes that wait in Redis, whoever made them; how many. Raises as settle_many, and RedisError."""
     until = f"{time.time() - older_than_seconds:.6f}" if older_than_seconds else "+inf"
     ids = client.zrange("unsettled", "-inf", until, byscore=True, offset=0, num=most)  # type: ignore[arg-type]
     if not ids:

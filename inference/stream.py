@@ -78,6 +78,15 @@ class StreamEvent:
 # Writing
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last event of a sequence, what settlement needs, and a Redis command that must be done before both."""
+
+    final: bytes
+    outcome: bytes
+    before: Sequence[Any] | None = None
+
+
 @dataclass(slots=True)
 class _Outgoing:
     """One sequence's unsent events. Touched by the publisher thread alone, but for its creation."""
@@ -91,7 +100,7 @@ class _Outgoing:
     texts: list[str] = field(default_factory=list)
     num_tokens: int = 0
     waiting_since: float | None = None
-    end: tuple[bytes, bytes] | None = None
+    end: End | None = None
     in_flight: list[Any] | None = None
     """Arguments of an attempt whose outcome is unknown: it is repeated unchanged, its number tells the server."""
     ends_in_flight: bool = False
@@ -118,8 +127,8 @@ class _Outgoing:
             events.append(encode_delta("".join(self.texts), self.num_tokens))
         outcome = b""
         if self.end is not None:
-            final, outcome = self.end
-            events.append(final)
+            outcome = self.end.outcome
+            events.append(self.end.final)
         self.number += 1
         ticket = self.lease.ticket
         ttl = DONE_TTL_SECONDS if outcome else int(ticket.deadline_at - ticket.created_at + MARGIN_SECONDS)
@@ -149,7 +158,7 @@ class StreamWriter:
         self._on_end, self._on_fenced, self._on_flush = on_end, on_fenced, on_flush
         self._open: dict[str, _Outgoing] = {}
         self._news = threading.Condition()
-        self._inbox: list[tuple[str, TokenEvent | tuple[bytes, bytes]]] = []
+        self._inbox: list[tuple[str, TokenEvent | End]] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
@@ -169,10 +178,10 @@ class StreamWriter:
             self._inbox.extend((event.request_id, event) for event in events)
             self._news.notify()
 
-    def finish(self, request_id: str, final: bytes, outcome: bytes) -> None:
-        """The last event, with what settlement needs (settlement.Outcome as bytes)."""
+    def finish(self, request_id: str, end: End) -> None:
+        """The last event; nothing may be published for this request afterwards."""
         with self._news:
-            self._inbox.append((request_id, (final, outcome)))
+            self._inbox.append((request_id, end))
             self._news.notify()
 
     def stop(self, timeout_seconds: float) -> bool:
@@ -201,7 +210,7 @@ class StreamWriter:
             except redis.RedisError as error:
                 backoff = min(MAX_BACKOFF_SECONDS, backoff * 2 or 0.05)
                 logger.warning("events wait for Redis: %s", error)
-            except Exception:  # noqa: BLE001 the thread must outlive a defect: without it nobody gets an answer
+            except Exception:  # the thread must outlive a defect: without it nobody gets an answer
                 backoff = MAX_BACKOFF_SECONDS
                 logger.exception("publishing failed")
 
@@ -209,11 +218,11 @@ class StreamWriter:
         """How long nothing can become due by itself; None for ever."""
         return LINGER_SECONDS / 2 if any(item.has_news() for item in self._open.values()) else None
 
-    def _note(self, request_id: str, event: TokenEvent | tuple[bytes, bytes], now: float) -> None:
+    def _note(self, request_id: str, event: TokenEvent | End, now: float) -> None:
         item = self._open.get(request_id)
         if item is None:
             return
-        if isinstance(event, tuple):
+        if isinstance(event, End):
             item.end = event
         elif isinstance(event, Delta):
             item.texts.append(event.text)
@@ -229,9 +238,15 @@ class StreamWriter:
         if not due:
             return
         pipe = self._client.pipeline(transaction=False)
+        places = []
         for item in due:
-            pipe.evalsha(self._script.sha, 2, item.ticket_key, item.key, *item.pack())
-        replies = pipe.execute(raise_on_error=False)
+            arguments = item.pack()
+            if item.ends_in_flight and item.end is not None and item.end.before:
+                pipe.execute_command(*item.end.before)
+            places.append(len(pipe))
+            pipe.evalsha(self._script.sha, 2, item.ticket_key, item.key, *arguments)
+        all_replies = pipe.execute(raise_on_error=False)
+        replies = [all_replies[place] for place in places]
         failed = next((reply for reply in replies if isinstance(reply, Exception)), None)
         for item, reply in zip(due, replies, strict=True):
             if not isinstance(reply, Exception):

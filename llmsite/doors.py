@@ -9,7 +9,7 @@ must not use it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from io import BytesIO
 
@@ -63,7 +63,7 @@ async def _send_response(response: HttpResponseBase, send: Send) -> None:
     headers = [(name.lower().encode("ascii"), value.encode("latin1")) for name, value in response.items()]
     if isinstance(response, StreamingHttpResponse):
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-        async with aclosing(aiter(response.parts if hasattr(response, "parts") else response)) as parts:  # type: ignore[type-var]
+        async with aclosing(_parts(response)) as parts:
             async for part in parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
@@ -73,6 +73,12 @@ async def _send_response(response: HttpResponseBase, send: Send) -> None:
     headers.append((b"content-length", str(len(content)).encode()))
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": content})
+
+
+async def _parts(response: StreamingHttpResponse) -> AsyncGenerator[bytes]:
+    """Of any streaming response; an inner generator of its own is closed with this one."""
+    async for part in response:
+        yield part
 
 
 async def _say_last_words(response: HttpResponseBase | None, send: Send) -> None:

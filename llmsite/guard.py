@@ -180,7 +180,7 @@ class Exchange:
 
 
 class Guard:
-    """Wraps `app`; every request through it has an id, a bounded body, a bounded time to send it and to read the answer."""
+    """Wraps `app`: every request has an id, a bounded body, a bounded time to send it and to read the answer."""
 
     def __init__(self, app: App, bounds: Bounds) -> None:
         self.app = app
@@ -268,7 +268,7 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         self._headers_came()

@@ -21,6 +21,17 @@ def redact(_logger: Any, _name: str, event: structlog.typing.EventDict) -> struc
     return event
 
 
+PROBES = frozenset({"/healthz", "/readyz", "/health", "/metrics"})
+
+
+def drop_probes(_logger: Any, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Machines ask every second whether the site lives: their requests are no news."""
+    if event.get("path") in PROBES and event.get("event") == "request":
+        raise structlog.DropEvent
+    event.pop("color_message", None)  # uvicorn's, the same again with escape codes
+    return event
+
+
 def _rename(_logger: Any, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     event["message"] = event.pop("event", "")
     return event
@@ -43,7 +54,7 @@ def logging_config(level: str, log_format: str) -> dict[str, Any]:
     else:
         tail = [structlog.dev.ConsoleRenderer(colors=False)]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[drop_probes, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
@@ -54,13 +65,14 @@ def logging_config(level: str, log_format: str) -> dict[str, Any]:
         "formatters": {
             "default": {
                 "()": structlog.stdlib.ProcessorFormatter,
-                "foreign_pre_chain": shared,
+                "foreign_pre_chain": [*shared, drop_probes],
                 "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
             }
         },
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "default"}},
         "root": {"handlers": ["stderr"], "level": level},
         "loggers": {
+            "uvicorn.error": {"level": "WARNING" if level == "INFO" else level},
             "uvicorn.access": {"level": "WARNING"},
             "celery": {"level": "WARNING" if level == "INFO" else level},
             "kombu": {"level": "WARNING"},

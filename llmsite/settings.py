@@ -129,6 +129,8 @@ CELERY_BROKER_TRANSPORT_OPTIONS = CONFIG.broker_options
 RATELIMIT_USE_CACHE = "default"
 SILENCED_SYSTEM_CHECKS = [
     "django_ratelimit.W001",  # core's RedisCache increments atomically; the check only knows django-redis
+    "security.W005",  # HSTS for subdomains, and
+    "security.W021",  # the browsers' preload list: for whoever owns the whole domain to decide, at the proxy
 ]
 
 REST_FRAMEWORK = {

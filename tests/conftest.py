@@ -6,10 +6,15 @@ PostgreSQL beside it the whole suite runs; tests/services runs parts of it again
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +23,12 @@ from typing import Any
 import pytest
 
 from llmsite.config import Config
+from llmsite.processes import probe
 from llmsite.processes import valkey as embedded_valkey
 
+pytest_plugins = ["tests.in_process"]
+
+REPOSITORY = Path(__file__).parent.parent
 STATE_DIR = Path(tempfile.mkdtemp(prefix="llmsite-test-"))
 VALKEY = embedded_valkey.ValkeyPlan(STATE_DIR / "valkey", STATE_DIR / "valkey" / "valkey.sock", max_memory_mb=128)
 OUTER_REDIS_URL = os.environ.get("LLMSITE_TEST_REDIS_URL", "")
@@ -91,6 +100,82 @@ def valkey(valkey_connection: Any) -> Any:
     """A redis.Redis on an empty database; for tests that stop the server themselves, start one of your own."""
     valkey_connection.flushdb()
     return valkey_connection
+
+
+# A site of its own
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running `manage.py up --demo`: web, worker with the real model, beat, Valkey."""
+
+    base_url: str
+    state: Path
+    demo: dict[str, Any]
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def key(self) -> str:
+        return str(self.demo["tenants"][0]["api_key"])
+
+    @property
+    def other_key(self) -> str:
+        return str(self.demo["tenants"][1]["api_key"])
+
+    def headers(self, key: str | None = None) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key or self.key}"}
+
+
+def site_environment(state: Path, port: int, **more: str) -> dict[str, str]:
+    """The caller's environment without any setting of llmsite but these."""
+    clean = {name: value for name, value in os.environ.items() if name.lower() not in Config.model_fields}
+    clean.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    return {**clean, "STATE_DIR": str(state), "PORT": str(port), "LOG_FORMAT": "console", **more}
+
+
+@contextlib.contextmanager
+def running_site(state: Path, *, timeout_seconds: float = 120.0, **environment: str) -> Iterator[Site]:
+    """Start a site, wait until /readyz is 200, stop it at the end; a start that fails shows its log."""
+    port = free_port()
+    log = state.with_name(f"{state.name}.log")
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "manage.py"), "up", "--demo"],
+            env=site_environment(state, port, **environment),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + timeout_seconds
+        while not probe.readiness("127.0.0.1", port).is_ready:
+            assert process.poll() is None, f"the site ended:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"the site is not ready:\n{log.read_text()}"
+            time.sleep(0.1)
+        demo = json.loads((state / "demo.json").read_text())
+        yield Site(f"http://127.0.0.1:{port}", state, demo, process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()  # the kernel takes its children with it
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def live_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One running site for all tests that ask for it; do not break it: for that, start one with `running_site`."""
+    with running_site(tmp_path_factory.mktemp("site") / "state") as site:
+        yield site
 
 
 # The cast

@@ -38,7 +38,7 @@ class Later:
     """
 
     run: Callable[[], Awaitable[HttpResponseBase]]
-    abandon: Callable[[], None]
+    abandon: Callable[[], object]
 
 
 Outcome = HttpResponseBase | Later
@@ -75,7 +75,7 @@ class AsyncAPIView(APIView):
         self.log_fields["route"] = self.route
         try:
             response = await self._answer(self._handler(request), request, kwargs)
-        except Exception as error:  # the request's border: to_refusal logs what nobody foresaw
+        except Exception as error:  # noqa: BLE001 the request's border: to_refusal logs what nobody foresaw
             response = self.refused(error)
         self.add_headers(response)
         return response

@@ -7,7 +7,7 @@ the end of every view of the API (async_view.py, and DRF's EXCEPTION_HANDLER for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import orjson
@@ -17,13 +17,15 @@ from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.exceptions import ValidationError as ModelValidationError
 from django.db import DatabaseError, InterfaceError, OperationalError
 from django.db.models.deletion import ProtectedError
-from django.http import Http404, HttpResponse
+from django.http import Http404, HttpRequest, HttpResponse
+from django.views import defaults
 from kombu.exceptions import OperationalError as BrokerError
 from redis import exceptions as redis_errors
 from rest_framework import exceptions as drf
 from rest_framework.response import Response
 
 from accounts.refusals import Refusal
+from inference.api.headers import request_id_of
 
 log = structlog.get_logger("llmsite.errors")
 
@@ -31,8 +33,10 @@ STATUS: dict[str, int] = {
     "invalid_json": 400,
     "bad_request": 400,
     "context_length_exceeded": 400,
+    "empty_prompt": 400,
     "capability_not_supported": 400,
-    "tokenizer_failed": 400,
+    "prompt_not_tokenizable": 400,
+    "invalid_token": 400,
     "missing_api_key": 401,
     "invalid_api_key": 401,
     "expired_api_key": 401,
@@ -44,6 +48,7 @@ STATUS: dict[str, int] = {
     "method_not_allowed": 405,
     "not_acceptable": 406,
     "request_timeout": 408,
+    "client_too_slow": 408,
     "conflict": 409,
     "request_cancelled": 409,
     "request_too_large": 413,
@@ -82,6 +87,7 @@ OUTAGES = (
 """A dependency that does not answer, is locked or is full. It passes: 503, never 500."""
 
 JSON_TYPE = "application/json"
+CONSOLE_PREFIXES = ("/admin/", "/static/", "/docs/")
 
 
 class ErrorShape(Protocol):
@@ -222,9 +228,7 @@ def _drf_fields(detail: Any, loc: tuple[str | int, ...] = ()) -> list[dict[str, 
 
 def _model_fields(error: ModelValidationError) -> list[dict[str, Any]]:
     if hasattr(error, "error_dict"):
-        return [
-            field_error((name,), text, "invalid") for name, texts in error.message_dict.items() for text in texts
-        ]
+        return [field_error((name,), text, "invalid") for name, texts in error.message_dict.items() for text in texts]
     return [field_error((), text, "invalid") for text in error.messages]
 
 
@@ -233,11 +237,49 @@ def _model_fields(error: ModelValidationError) -> list[dict[str, Any]]:
 
 def exception_handler(error: Exception, context: Mapping[str, Any]) -> Response:
     """DRF's EXCEPTION_HANDLER: the operator's views. The view adds the headers that every answer has."""
-    from inference.api.headers import request_id_of  # headers.py needs whole_seconds
-
     request = context["request"]._request
     refusal = to_refusal(error, method=request.method, path=request.path, stage="operator")
     status = NATIVE.status(refusal.code)
     body = orjson.loads(NATIVE.body(refusal, request_id_of(request)))
     request.refusal = refusal
     return Response(body, status=status, headers=refusal_headers(refusal, status))
+
+
+# Django's border: paths that no view of the API has
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """handler400."""
+    return _plain_or_json(request, exception, defaults.bad_request)
+
+
+def permission_denied(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """handler403."""
+    return _plain_or_json(request, exception, defaults.permission_denied)
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """handler404."""
+    return _plain_or_json(request, Http404(), defaults.page_not_found)
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    """handler500. Django has logged the exception by now."""
+    if is_console(request.path):
+        return defaults.server_error(request)
+    refusal = Refusal("internal_error", "The server had an error while processing the request.", path=request.path)
+    return error_response(NATIVE, refusal, request_id_of(request))
+
+
+def _plain_or_json(
+    request: HttpRequest, exception: Exception, page: Callable[[HttpRequest, Exception], HttpResponse]
+) -> HttpResponse:
+    """A page for people in the console, JSON for programs."""
+    if is_console(request.path):
+        return page(request, exception)
+    refusal = to_refusal(exception, method=request.method or "", path=request.path)
+    return error_response(NATIVE, refusal, request_id_of(request))
+
+
+def is_console(path: str) -> bool:
+    return path.startswith(CONSOLE_PREFIXES)

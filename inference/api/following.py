@@ -39,7 +39,7 @@ async def close_reader() -> None:
 
 @dataclass(slots=True)
 class Ending:
-    """How a request ended. `receipt` has the fields of engine.types.Receipt, and is empty where nothing was computed."""
+    """How a request ended. `receipt`: the fields of engine.types.Receipt, or nothing where nothing was computed."""
 
     reason: str
     stop_word: str | None = None
@@ -73,16 +73,17 @@ def failure(ending: Ending) -> Refusal:
     """Why a request that was admitted has no answer."""
     code = ending.error or ending.reason
     if code in {"worker_lost", "request_lost"}:
-        return Refusal("worker_lost", "The worker died while it served this request; nothing is charged.", retry_after=1)
+        return Refusal("worker_lost", "The worker died during this request; nothing is charged.", retry_after=1)
     if code == "queue_timeout":
         return Refusal("queue_timeout", "No slot became free in time; nothing is charged.", retry_after=5)
     if code in {"deadline", "generation_timeout"}:
         return Refusal("generation_timeout", "The request did not end within its time.")
     if code in {"cancelled", "request_cancelled"}:
         return Refusal("request_cancelled", "The request was cancelled.")
-    if code in {"llm_not_loaded", "llm_unavailable", "service_unavailable", "draining", "worker_stopped"}:
-        known = code if code.startswith(("llm_", "service_")) else "service_unavailable"
-        return Refusal(known, "The worker cannot serve this model at the moment; nothing is charged.", retry_after=2)
+    if code in {"worker_stopping", "engine_stopped", "queue_full"}:
+        return Refusal("service_unavailable", "The worker is stopping; nothing is charged.", retry_after=2)
+    if code == "model_unavailable":
+        return Refusal("llm_unavailable", "The model cannot be loaded; nothing is charged.", retry_after=30)
     return Refusal("generation_failed", "The model failed on this request; nothing is charged.", reason=code[:64])
 
 

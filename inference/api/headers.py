@@ -61,7 +61,7 @@ def rate_headers(kind: str, rate: Rate | None) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes resets: 12ms, 1s, 6m0s, 1h2m3s. Rounded up, so a client that waits that long has waited enough."""
+    """As OpenAI writes resets: 12ms, 1s, 6m0s, 1h2m3s. Rounded up: who waits that long has waited enough."""
     milliseconds = max(0, -int(-seconds * 1000 // 1))
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -73,14 +74,24 @@ async def _look() -> tuple[tuple[Served | None] | None, list[WorkerInfo] | None]
     return await asyncio.gather(database.ask(_default_model), redis.ask(_live_workers))
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What one worker's heartbeat says about one model."""
+
+    is_loaded: bool = False
+    error: str | None = None
+
+
+def worker_state(worker: WorkerInfo, model: Served) -> WorkerState:
+    """From `models` of its heartbeat (HostedModel.report)."""
+    for said in worker.info.get("models", ()):
+        if said["id"] == model.id:
+            return WorkerState(is_loaded=said["state"] == "ready", error=said.get("error") or None)
+    return WorkerState()
+
+
 def _holds(workers: list[WorkerInfo], model: Served) -> bool:
-    return any(model.name in loaded_models(worker) for worker in workers if worker.pool == model.pool)
-
-
-def loaded_models(worker: WorkerInfo) -> set[str]:
-    """Names of the models that the worker holds in memory, from its heartbeat."""
-    models = worker.info.get("models", [])
-    return {model["name"] if isinstance(model, dict) else str(model) for model in models}
+    return any(worker_state(worker, model).is_loaded for worker in workers)
 
 
 class HealthView(AsyncAPIView):
@@ -126,7 +137,9 @@ class ModelzView(AsyncAPIView):
     is_public = True
     route = "/modelz"
 
-    @extend_schema(responses={200: ModelzReply, 503: ModelzReply}, auth=[], summary="Whether the default model is loaded")
+    @extend_schema(
+        responses={200: ModelzReply, 503: ModelzReply}, auth=[], summary="Whether the default model is loaded"
+    )
     async def get(self, request: HttpRequest) -> HttpResponse:
         answer, workers = await _look()
         model = answer[0] if answer else None
@@ -159,5 +172,5 @@ def _why_not(database_answers: bool, model: Served | None, workers: list[WorkerI
     pool = [worker for worker in workers if worker.pool == model.pool]
     if not pool:
         return "no worker serves the model's pool"
-    errors = [str(error) for worker in pool for error in worker.info.get("errors", [])]
+    errors = [error for worker in pool if (error := worker_state(worker, model).error)]
     return errors[0][:200] if errors else "the model is being loaded"

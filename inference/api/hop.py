@@ -1,7 +1,7 @@
 """The one hop from the event loop into threads: a shared, bounded executor for everything that blocks.
 
 Its threads are all the threads, and their database connections all the connections, that requests of the API hold,
-however many of them wait. Threads keep their connection: opening SQLite anew for each request costs more than admission.
+however many of them wait. Threads keep their connection: opening SQLite anew costs more than an admission.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Hop:
         self.max_pending = num_threads * MAX_PENDING_PER_THREAD
         self.num_pending = 0
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="api")
+        self._urgent = ThreadPoolExecutor(1, thread_name_prefix="api-urgent")
 
     async def run(self, function: Callable[[], Outcome], *, abandon: Callable[[Outcome], None]) -> Outcome:
         """`function()` in a thread. If the caller is cancelled meanwhile, `abandon(outcome)` undoes it there.
@@ -51,11 +52,12 @@ class Hop:
             raise
 
     def send(self, function: Callable[[], object]) -> None:
-        """`function()` in a thread, with nobody waiting; an error is logged."""
-        self._executor.submit(_logged, function)
+        """`function()` in a thread of its own, with nobody waiting: cancelling must not queue behind admissions."""
+        self._urgent.submit(_logged, function)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=False)
+        self._executor.shutdown(wait=True)
+        self._urgent.shutdown(wait=True)
 
     def _count_down(self, waiting: asyncio.Future[Any]) -> None:
         """On the event loop's thread, so the count needs no lock."""

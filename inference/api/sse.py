@@ -53,6 +53,8 @@ class EventStream(StreamingHttpResponse):
     last_words is what a client reads when the server itself stops in the middle.
     """
 
+    on_end: Callable[[], None] | None = None
+
     def __init__(self, frames: AsyncGenerator[bytes], *, abandon: Callable[[], None], last_words: bytes = b"") -> None:
         self.frames = frames
         self.last_words = last_words
@@ -72,4 +74,7 @@ class EventStream(StreamingHttpResponse):
         if not self.is_finished:
             self.is_finished = True
             self._abandon()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
         super().close()

@@ -1,5 +1,51 @@
-"""The URL table of the API."""
+"""The API's URL table: one line per endpoint, one block per dialect."""
 
-from django.urls import URLPattern, URLResolver
+from __future__ import annotations
 
-urlpatterns: list[URLPattern | URLResolver] = []
+from django.urls import include, path, re_path
+from django.views.generic import RedirectView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from rest_framework.routers import SimpleRouter
+
+from inference.api import health, metrics_view
+from inference.api.native import account_views, views
+from inference.api.operator import views as operator
+
+router = SimpleRouter(trailing_slash=False)
+router.register("plans", operator.PlanViewSet, basename="admin-plan")
+router.register("tenants", operator.TenantViewSet, basename="admin-tenant")
+router.register("keys", operator.KeyViewSet, basename="admin-key")
+router.register("quotas", operator.QuotaViewSet, basename="admin-quota")
+router.register("ledger", operator.LedgerViewSet, basename="admin-ledger")
+router.register("models", operator.ServedModelViewSet, basename="admin-model")
+
+REQUEST_ID = r"(?P<request_id>[0-9A-Za-z-]{1,48}(?:\.[0-9]{1,4})?)"
+
+urlpatterns = [
+    # health and metrics
+    path("healthz", health.HealthView.as_view(), name="healthz"),
+    path("health", health.HealthView.as_view()),
+    path("v1/healthz", health.HealthView.as_view()),
+    path("readyz", health.ReadyView.as_view(), name="readyz"),
+    path("v1/readyz", health.ReadyView.as_view()),
+    path("modelz", health.ModelzView.as_view(), name="modelz"),
+    path("metrics", metrics_view.MetricsView.as_view(), name="metrics"),
+    # native
+    path("v1/generate", views.GenerateView.as_view(), name="generate"),
+    path("v1/generate/batch", views.GenerateBatchView.as_view(), name="generate-batch"),
+    path("v1/models", account_views.ModelsView.as_view(), name="models"),
+    path("v1/me", account_views.MeView.as_view(), name="me"),
+    path("v1/me/usage", account_views.UsageView.as_view(), name="me-usage"),
+    re_path(rf"^v1/requests/{REQUEST_ID}$", account_views.RequestView.as_view(), name="request"),
+    re_path(rf"^v1/requests/{REQUEST_ID}/cancel$", account_views.CancelView.as_view(), name="request-cancel"),
+    # operator
+    path("v1/admin/usage", operator.UsageView.as_view(), name="admin-usage"),
+    path("v1/admin/logs", operator.LogsView.as_view(), name="admin-logs"),
+    path("v1/admin/stats", operator.StatsView.as_view(), name="admin-stats"),
+    path("v1/admin/reports/summary", operator.SummaryView.as_view(), name="admin-summary"),
+    path("v1/admin/", include(router.urls)),
+    # documents
+    path("openapi.json", SpectacularAPIView.as_view(), name="schema"),
+    path("docs/", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
+    path("", RedirectView.as_view(pattern_name="docs", permanent=False)),
+]

@@ -91,8 +91,9 @@ ROLES = {
     "celery": "worker",
     "worker": "worker",
     "beat": "beat",
+    "llmsite.processes.beat": "beat",
     "uvicorn": "web",
-    "web": "web",
+    "llmsite.processes.web": "web",
     "inference.engine.tokenizer": "tokenizer",
     "up": "supervisor",
     "litellm": "litellm",
@@ -101,10 +102,9 @@ ROLES = {
 
 def process_name(command: list[str]) -> str:
     """What a process is, by its command line: a role of llmsite's, else the program's name."""
+    if any(server in word for word in command for server in ("valkey-server", "redis-server")):
+        return "valkey"
     words = [Path(word).name for word in command if word]
-    for word in words:
-        if word.startswith(("valkey-server", "redis-server")):
-            return "valkey"
     roles = [ROLES[word.partition(":")[0]] for word in words if word.partition(":")[0] in ROLES]
     if "beat" in roles:
         return "beat"  # Celery's own command carries both words

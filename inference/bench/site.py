@@ -98,7 +98,7 @@ def _key_that_nothing_binds(port: int, operator_key: str) -> str:
     issued = calls.call(
         port, "POST", "/v1/admin/keys", key=operator_key, body={"tenant": tenant["name"], "name": "bench"}
     ).json()
-    return str(issued["api_key"])
+    return str(issued["key"])
 
 
 def body(*, number: str, cache: bool, max_new_tokens: int = 16, stream: bool = False) -> str:

@@ -69,7 +69,7 @@ class Tokenizer:
         text that came from a user. Lone surrogates, which no UTF-8 has, become U+FFFD.
         """
         data = _utf8(text)
-        size = len(data) + 2
+        size = len(data) // 2 + 16  # enough for most text, where a token is some four bytes
         buffer = (native.llama_token * size)()
         count = native.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, parse_special)
         if count < 0:

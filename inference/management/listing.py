@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from inference import registry
+from inference.inspection import Progress as Hashed
 from inference.models import ServedModel
 
 
@@ -41,7 +42,7 @@ def as_row(row: ServedModel) -> dict[str, Any]:
 
 
 @contextmanager
-def hashing(console: Console, *, hidden: bool) -> Iterator[registry.Progress]:
+def hashing(console: Console, *, hidden: bool) -> Iterator[Hashed]:
     """A bar that follows the bytes hashed; several files one after the other share it."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bar:

@@ -210,8 +210,8 @@ class TokenizerPool:
     def encode(self, model: HasVocabulary, text: str) -> tuple[int, ...]:
         """The tokens of a prompt, with those that the model wants around it; nothing in the text becomes special.
 
-        Raises Refusal: context_length_exceeded (without asking), prompt_not_tokenizable, service_unavailable,
-        model_unavailable.
+        Raises Refusal: context_length_exceeded (without asking), tokenizer_failed, service_unavailable,
+        llm_unavailable.
         """
         if len(text) > MAX_TEXT_CHARACTERS:
             raise Refusal(
@@ -220,7 +220,7 @@ class TokenizerPool:
         return tuple(self.ask(model, {"op": "encode", "text": text})["tokens"])
 
     def decode(self, model: HasVocabulary, tokens: Sequence[int], *, special: bool = False) -> str:
-        """The text of tokens. Raises Refusal as `encode`; invalid_token for an id that the model does not have."""
+        """The text of tokens. Raises Refusal as `encode`, also for an id that the model does not have."""
         return str(self.ask(model, {"op": "detokenize", "tokens": list(tokens), "special": special})["text"])
 
     def info(self, model: HasVocabulary) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class TokenizerPool:
                 logger.warning("a tokenizer of %s was ended: %s", model.name, error)
                 too_slow = time.monotonic() - started >= self._timeout_seconds
                 if too_slow or attempt == 2:
-                    raise Refusal("prompt_not_tokenizable", "This text cannot be tokenized.") from error
+                    raise Refusal("tokenizer_failed", "This text cannot be tokenized.") from error
         raise AssertionError("unreachable")
 
     def _family(self, model: HasVocabulary) -> _Family:
@@ -266,12 +266,12 @@ def _check_start(child: TokenizerChild, model: HasVocabulary) -> None:
     """A child that could not load its vocabulary said so in its first frame."""
     if not child.info.get("ok"):
         logger.error("the vocabulary of %s cannot be loaded: %s", model.name, child.info.get("message"))
-        raise Refusal("model_unavailable", f"The vocabulary of {model.name!r} cannot be loaded; the operator was told.")
+        raise Refusal("llm_unavailable", f"The vocabulary of {model.name!r} cannot be loaded; the operator was told.")
 
 
 def _checked(reply: dict[str, Any]) -> dict[str, Any]:
     if not reply.get("ok"):
-        raise Refusal(str(reply.get("code", "prompt_not_tokenizable")), str(reply.get("message", "")))
+        raise Refusal("tokenizer_failed", str(reply.get("message", "")), reason=reply.get("code"))
     return reply
 
 

@@ -18,7 +18,8 @@ from llmsite.config import Config, ConfigError, get_config
 from llmsite.logs import logging_config
 
 HOUSEKEEPING_QUEUE = "housekeeping"
-"""Consumed by every worker beside its pool's queue, so that a busy pool cannot hold up the sweep."""
+"""Consumed by every worker beside its pool's queue."""
+MOST_WAITING = 3
 SWEEP_SECONDS = 5
 SCHEDULE: dict[str, dict[str, Any]] = {
     "sweep": {
@@ -30,6 +31,22 @@ SCHEDULE: dict[str, dict[str, Any]] = {
 }
 
 log = logging.getLogger("llmsite.beat")
+
+
+def make_scheduler() -> type[Any]:
+    """A scheduler that holds its peace while nobody takes the jobs: Redis must not fill up where no worker lives."""
+    from celery.beat import PersistentScheduler
+
+    class PatientScheduler(PersistentScheduler):
+        def apply_async(self, entry: Any, producer: Any = None, advance: bool = True, **kwargs: Any) -> Any:
+            waiting = producer.channel.queue_declare(HOUSEKEEPING_QUEUE).message_count if producer else 0
+            if waiting < MOST_WAITING:
+                return super().apply_async(entry, producer=producer, advance=advance, **kwargs)
+            if advance:
+                self.reserve(entry)
+            return None
+
+    return PatientScheduler
 
 
 def make_app(config: Config) -> Any:
@@ -64,7 +81,12 @@ def main() -> int:
 
     folder = config.state / "beat"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    service = beat.Service(make_app(config), schedule_filename=str(folder / "schedule"), max_interval=SWEEP_SECONDS)
+    service = beat.Service(
+        make_app(config),
+        max_interval=SWEEP_SECONDS,
+        schedule_filename=str(folder / "schedule"),
+        scheduler_cls=make_scheduler(),
+    )
 
     def stop(number: int, frame: object) -> None:
         # not from the handler itself: it may interrupt the thread that holds the lock of the event

@@ -33,6 +33,8 @@ class ChildPlan:
     signal_on_death: signal.Signals = signal.SIGKILL
     on_end: Callable[[int], None] = field(default=lambda pid: None)
     """Called with the process id when it has ended, whatever the reason."""
+    is_noise: Callable[[str], bool] = field(default=lambda line: False)
+    """Lines that are not worth showing."""
 
 
 def pause_before(failures: int) -> float:
@@ -84,7 +86,7 @@ class Child:
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.descriptor, 65536):
                 lines += self.lines.feed(data)
-        return lines
+        return [line for line in lines if not self.plan.is_noise(line)]
 
     def reap(self, now: float) -> int | None:
         """The exit status if it has ended (negative: the signal); sets when it may start again. Else None."""

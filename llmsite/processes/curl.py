@@ -17,5 +17,5 @@ def demo_curl_line(config: Config) -> str:
     return (
         f"curl -s {config.base_url}/v1/generate -H 'Authorization: Bearer {key}' "
         "-H 'Content-Type: application/json' \\\n"
-        '  -d \'{"prompt": "The capital of France is", "max_tokens": 24}\''
+        '  -d \'{"prompt": "The capital of France is", "max_new_tokens": 24}\''
     )

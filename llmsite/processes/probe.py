@@ -51,7 +51,8 @@ def _reason(body: bytes) -> str:
         return ""
     if not isinstance(found, dict):
         return ""
-    return str(found.get("message") or found.get("reason") or found.get("status") or "")[:200]
+    parts = [f"{name}: {found[name]}" for name in ("db", "redis", "llm") if found.get(name) not in {None, "ok"}]
+    return (", ".join(parts) or str(found.get("message") or found.get("status") or ""))[:200]
 
 
 def redis_commands(url: str, *commands: tuple[str, ...], timeout_seconds: float = 1.0) -> bool:

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     try:
         migrate()
         if "--demo" in arguments:
-            call_command("demo")
+            call_command("demo", verbosity=0)
         if get_config().models_yaml:
             call_command("sync_models")
     except (CommandError, DatabaseError) as error:

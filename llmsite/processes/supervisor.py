@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +31,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_MARGIN_SECONDS = 3.0
 READY_LOOK_SECONDS = 0.25
 WORD_SECONDS = 5.0
+FORGET_WORKER = """
+for _, id in ipairs(redis.call('SMEMBERS', 'workers')) do
+  if string.sub(id, 1, #ARGV[1]) == ARGV[1] then redis.call('DEL', 'worker:' .. id) end
+end
+return 1
+"""
+"""Ends the heartbeat of a dead worker (inference/worker.py names itself host-pid-...): its clients hear at once."""
 EXIT_CONFIG = 78  # EX_CONFIG of <sysexits.h>
 
 
@@ -155,6 +163,7 @@ class Supervisor:
                 plan.folder,
                 stop_seconds=10.0,
                 signal_on_death=signal.SIGTERM,  # it writes its file to the disk and leaves at once
+                is_noise=valkey.is_noise,
             )
         )
         deadline = time.monotonic() + 60.0
@@ -210,8 +219,9 @@ class Supervisor:
         return self._python("web", "-m", "llmsite.processes.web", stop_seconds=stop_seconds)
 
     def _worker(self) -> ChildPlan:
-        stop_seconds = self.config.drain_seconds + STOP_MARGIN_SECONDS
-        return self._python("worker", str(BASE_DIR / "manage.py"), "worker", stop_seconds=stop_seconds)
+        stop_seconds = self.config.drain_seconds + 2 * STOP_MARGIN_SECONDS
+        plan = self._python("worker", str(BASE_DIR / "manage.py"), "worker", stop_seconds=stop_seconds)
+        return replace(plan, on_end=self._forget_worker)
 
     def _beat(self) -> ChildPlan:
         return self._python("beat", "-m", "llmsite.processes.beat", stop_seconds=5.0)
@@ -222,6 +232,7 @@ class Supervisor:
 
     def _env(self) -> dict[str, str]:
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PROMETHEUS_MULTIPROC_DIR": str(self.metrics)}
+        env.setdefault("PYTHONWARNINGS", "ignore:You're running the worker with superuser privileges")
         if self.console.is_coloured:
             env.setdefault("LOG_FORMAT", "console")
         return env
@@ -325,6 +336,13 @@ class Supervisor:
         self.metrics.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in self.metrics.glob("*.db"):
             path.unlink()
+
+    def _forget_worker(self, pid: int) -> None:
+        """Do not wait for the heartbeat to run out: whoever reads a stream of it hears now."""
+        self._forget_metrics(pid)
+        if not self.is_stopping:
+            name = f"{socket.gethostname()}-{pid}-"
+            probe.redis_commands(self.config.redis(0), ("EVAL", FORGET_WORKER, "0", name), timeout_seconds=0.5)
 
     def _forget_metrics(self, pid: int) -> None:
         """Gauges of living processes alone are shown (prometheus_client.multiprocess.mark_process_dead)."""

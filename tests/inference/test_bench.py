@@ -262,9 +262,11 @@ def test_processor_time_is_summed_by_name() -> None:
     ("command", "name"),
     [
         (["/x/valkey-server", "unixsocket"], "valkey"),
-        (["valkey-server *:0"], "valkey"),
+        (["/x/valkey-server unixsocket:/y/valkey.sock"], "valkey"),
         (["python", "manage.py", "up", "--demo"], "supervisor"),
         (["python", "-m", "uvicorn", "llmsite.asgi:application"], "web"),
+        (["python", "-m", "llmsite.processes.web"], "web"),
+        (["python", "-m", "llmsite.processes.beat"], "beat"),
         (["python", "manage.py", "worker"], "worker"),
         (["python", "-m", "celery", "-A", "llmsite", "beat"], "beat"),
         (["python", "-m", "inference.engine.tokenizer"], "tokenizer"),

@@ -49,9 +49,7 @@ class SamplingBody(BaseModel):
 
     def sampling(self) -> SamplingParams:
         """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting."""
-        given: dict[str, Any] = {
-            name: value for name in SAMPLING_NAMES if (value := getattr(self, name)) is not None
-        }
+        given: dict[str, Any] = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name)) is not None}
         given.setdefault("temperature", settings.CONFIG.default_temperature)
         if "logit_bias" in given:
             given["logit_bias"] = tuple(given["logit_bias"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ from accounts.refusals import Refusal
 from inference import admission
 from inference.admission import Admitted, CachedAnswer
 from inference.api import cancelling
-from inference.api.async_view import AsyncAPIView, Later, Outcome, json_response
+from inference.api.async_view import Later, Outcome, json_response
 from inference.api.following import FINISH_REASONS, Collected, Ending, collect, ending_of, failure, follow
+from inference.api.generation import GenerationView
 from inference.api.headers import server_timing, usage_headers
 from inference.api.hop import shared_hop
 from inference.api.native.schemas import (
@@ -40,8 +42,9 @@ ALL_OR_NOTHING = OpenApiParameter(
     OpenApiParameter.HEADER,
     description="`true`: 402 rather than a shorter answer where the quota does not cover the output bound.",
 )
-REFUSED: dict[Any, Any] = {status: ErrorReply for status in (400, 401, 402, 403, 404, 413, 422, 429, 500, 503, 504)}
-CACHED_ENDING = "cached"
+REFUSED: dict[Any, Any] = dict.fromkeys((400, 401, 402, 403, 404, 413, 422, 429, 500, 503, 504), ErrorReply)
+PASSING = frozenset({"too_many_concurrent_requests", "queue_full", "quota_reserved"})
+WAIT_FOR_ROOM_SECONDS = 0.25
 MAX_AT_ONCE = 16
 """Prompts of one batch that are admitted at once; tighter where the key's places are fewer."""
 
@@ -63,12 +66,10 @@ def order_from(
     )
 
 
-class GenerateView(AsyncAPIView):
+class GenerateView(GenerationView):
     """One prompt."""
 
     route = "/v1/generate"
-    scopes = ("generate",)
-    is_measured = True
 
     @extend_schema(
         operation_id="generate",
@@ -115,7 +116,7 @@ class GenerateView(AsyncAPIView):
     # Server-sent events
 
     async def _stream(self, admitted: Admitted) -> HttpResponseBase:
-        """200 and headers come with the first text, or after the first keep-alive; until then a failure has a status."""
+        """200 and headers come with the first text, or the first keep-alive; before that a failure has a status."""
         self.stage = "generation"
         events = follow(self.request_id)
         first = asyncio.ensure_future(anext(events))
@@ -185,12 +186,10 @@ class GenerateView(AsyncAPIView):
         return response
 
 
-class GenerateBatchView(AsyncAPIView):
+class GenerateBatchView(GenerationView):
     """Several prompts with the same parameters; each has its own ledger entry, receipt and cache entry."""
 
     route = "/v1/generate/batch"
-    scopes = ("generate",)
-    is_measured = True
 
     @extend_schema(
         operation_id="generate_batch",
@@ -249,12 +248,25 @@ class GenerateBatchView(AsyncAPIView):
     ) -> dict[str, Any]:
         async with places:
             if answer is None:
-                answer = await shared_hop().run(lambda: self._admit(principal, order, number), abandon=_drop)
+                answer = await self._admit_when_there_is_room(principal, order, number)
             if isinstance(answer, CachedAnswer):
                 return _result(Collected(answer.completion.output, ending_of_cached(answer)), cached=True)
             request_id = answer.ticket.request_id
             with cancelling.unless_finished(request_id):
                 return _result(await collect(request_id), cached=False)
+
+    async def _admit_when_there_is_room(
+        self, principal: Principal, order: GenerateOrder, number: int
+    ) -> Admitted | CachedAnswer:
+        """The tenant's other requests may hold its places for a while: a batch that has begun waits for them."""
+        give_up_at = time.monotonic() + settings.CONFIG.queue_timeout_seconds
+        while True:
+            try:
+                return await shared_hop().run(lambda: self._admit(principal, order, number), abandon=_drop)
+            except Refusal as refusal:
+                if refusal.code not in PASSING or time.monotonic() > give_up_at:
+                    raise
+                await asyncio.sleep(WAIT_FOR_ROOM_SECONDS)
 
 
 def _result(collected: Collected, *, cached: bool) -> dict[str, Any]:
@@ -282,6 +294,3 @@ def ending_of_cached(answer: CachedAnswer) -> Ending:
     reason = found.finish_reason if found.finish_reason in FINISH_REASONS else "stop"
     receipt = {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens}
     return Ending(reason, found.stop_word, receipt=receipt)
-
-
-__all__ = ["Awaitable", "Callable", "GenerateBatchView", "GenerateView"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from django.http import HttpResponseBase
 from rest_framework.request import Request
+from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from accounts import throttling
@@ -28,14 +28,13 @@ class OperatorView(APIView):
         match = request._request.resolver_match
         fields["route"] = f"/{match.route}" if match else ""
         self.perform_authentication(request)
-        principal: Principal = request.user
+        principal = request.user
+        assert isinstance(principal, Principal)  # the authenticator returns nothing else
         fields.update(api_key_id=principal.public_id, api_key_role=principal.role, tenant_id=principal.tenant_id)
         self.request_rate = throttling.count_request(principal, request)
         super().initial(request, *args, **kwargs)
 
-    def finalize_response(
-        self, request: Request, response: HttpResponseBase, *args: Any, **kwargs: Any
-    ) -> HttpResponseBase:
+    def finalize_response(self, request: Request, response: Response, *args: Any, **kwargs: Any) -> Response:
         response = super().finalize_response(request, response, *args, **kwargs)
         refusal: Refusal | None = getattr(request._request, "refusal", None)
         if refusal is not None:

@@ -39,7 +39,7 @@ class Pages(BasePagination):
     total = 0
     page: dict[str, Any]
 
-    def paginate_queryset(self, queryset: QuerySet[Any], request: Request, view: Any = None) -> list[Any]:
+    def paginate_queryset(self, queryset: Any, request: Request, view: Any = None) -> list[Any]:
         self.page = read_query(PageQuery, request)
         self.total = total_of(queryset)
         offset = self.page["offset"]

@@ -87,7 +87,7 @@ class UsageRows(serializers.Serializer[Any]):
 
 def usage_by_key() -> list[dict[str, Any]]:
     """The keys that were used most, with all their receipts."""
-    rows = (
+    rows: Any = (
         Receipt.objects.order_by()
         .values("key__public_id", "key__name", "tenant__name", "tenant__plan__role")
         .annotate(
@@ -98,9 +98,8 @@ def usage_by_key() -> list[dict[str, Any]]:
             first_request_at=Min("created_at"),
             last_request_at=Max("created_at"),
         )
-        .order_by("-total_requests")[:MAX_ROWS]
     )
-    return [_usage_row(dict(row)) for row in rows]
+    return [_usage_row(row) for row in _most_used(rows)]
 
 
 def _usage_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -129,13 +128,17 @@ def log_page(query: dict[str, Any]) -> dict[str, Any]:
 def stats(window_days: int, now: datetime) -> dict[str, Any]:
     """Totals of the last `window_days`, and the same by model."""
     rows = Receipt.objects.filter(created_at__gte=now - timedelta(days=window_days)).order_by()
-    per_model = rows.values("model").annotate(**TOTALS).order_by("-total_requests")[:MAX_ROWS]
+    per_model: Any = rows.values("model").annotate(**TOTALS)
     return {
         "window_days": window_days,
         "generated_at": now.isoformat(),
         **_in_milliseconds(rows.aggregate(**TOTALS)),
-        "per_model": [{"model_id": row.pop("model"), **_in_milliseconds(row)} for row in map(dict, per_model)],
+        "per_model": [{"model_id": row.pop("model"), **_in_milliseconds(row)} for row in _most_used(per_model)],
     }
+
+
+def _most_used(rows: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in rows.order_by("-total_requests")[:MAX_ROWS]]
 
 
 def _in_milliseconds(totals: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def _in_milliseconds(totals: dict[str, Any]) -> dict[str, Any]:
 def as_text(found: dict[str, Any]) -> str:
     lines = [
         f"Usage of the last {found['window_days']} days",
-        f"requests {found['total_requests']}, of them from the cache {found['total_cached']}, failed {found['total_failed']}",
+        f"requests {found['total_requests']}, from the cache {found['total_cached']}, failed {found['total_failed']}",
         f"tokens in {found['total_prompt_tokens']}, out {found['total_completion_tokens']}, "
         f"charged {found['total_charged_tokens']}",
         f"mean latency {found['avg_latency_ms']} ms",

@@ -150,7 +150,9 @@ def _issued(key: APIKey, text: str) -> Response:
     return Response({**KeySerializer(key).data, "key": text}, status=201)
 
 
-class QuotaViewSet(OperatorView, mixins.RetrieveModelMixin, mixins.ListModelMixin, viewsets.GenericViewSet[QuotaPeriod]):
+class QuotaViewSet(
+    OperatorView, mixins.RetrieveModelMixin, mixins.ListModelMixin, viewsets.GenericViewSet[QuotaPeriod]
+):
     """Usage by period: of a tenant where `key` is null, else of one key."""
 
     queryset = QuotaPeriod.objects.select_related("tenant", "key").order_by("-starts_at", "-id")

@@ -17,6 +17,8 @@ from inference.bench import batching, batching_report, calls, children, gateway,
 from inference.bench.digest import digest
 from llmsite.config import BASE_DIR
 
+LOG_WIDTH = 160
+"""Columns where the output goes to a file or a pipe."""
 EXAMPLES = """examples:
   manage.py bench                          llmsite and LiteLLM side by side, about seven minutes
   manage.py bench --no-peer --rounds 1     llmsite alone, two minutes
@@ -71,6 +73,8 @@ class Command(BaseCommand):
         if not sys.platform.startswith("linux"):
             raise CommandError("the benchmark reads Linux's /proc: run it on Linux")
         self.terminal = Console(stderr=options["json"])
+        if not self.terminal.is_terminal:
+            self.terminal = Console(stderr=options["json"], width=LOG_WIDTH)
         described, now = machine.describe(), datetime.now(UTC)
         measure = self._batching if options["engine"] else self._gateway
         with tempfile.TemporaryDirectory(prefix="llmsite-bench-") as scratch:

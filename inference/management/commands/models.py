@@ -10,6 +10,8 @@ from accounts.management.base import HouseCommand
 from inference.management.listing import as_row
 from inference.models import ServedModel
 
+WIDE = 400
+
 
 class Command(HouseCommand):
     help = "List the served models: file, context, slots, memory, when they are loaded."
@@ -22,6 +24,9 @@ class Command(HouseCommand):
         if not result["models"]:
             self.stdout.write("No model is registered: python manage.py register_model PATH --name NAME")
             return
+        console = self.console
+        if not console.is_terminal:  # a pipe or a file has no width to keep to
+            console.width = WIDE
         table = Table("name", "file type", "parameters", "slots × context", "memory", "load", "pool", "file", box=None)
         for model in result["models"]:
             table.add_row(
@@ -34,4 +39,4 @@ class Command(HouseCommand):
                 model["pool"],
                 model["path"],
             )
-        self.console.print(table)
+        console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Command(HouseCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        number = {"type": int, "metavar": "N"}
+        number = partial(parser.add_argument, type=int, metavar="N")
         parser.add_argument("path", help="the .gguf file, on the worker's disk")
         parser.add_argument("--name", help="what tenants write into `model`; the file's name without it")
         parser.add_argument("--alias", action="append", dest="aliases", metavar="NAME", help="another name; repeatable")
@@ -34,13 +35,13 @@ class Command(HouseCommand):
             "--grant", action="append", metavar="TENANT", help="a tenant that may use it, and no other; repeatable"
         )
         parser.add_argument("--pool", help="the group of workers that holds it")
-        parser.add_argument("--n-ctx", help="context of one slot, in tokens", **number)
-        parser.add_argument("--n-slots", help="sequences decoded at once", **number)
-        parser.add_argument("--n-threads", help="threads; one per core without it", **number)
-        parser.add_argument("--n-gpu-layers", help="layers on the GPU; -1: all", **number)
+        number("--n-ctx", help="context of one slot, in tokens")
+        number("--n-slots", help="sequences decoded at once")
+        number("--n-threads", help="threads; one per core without it")
+        number("--n-gpu-layers", help="layers on the GPU; -1: all")
         parser.add_argument("--kv-type", choices=ServedModel.KVType.values, help="type of the key-value cache")
         parser.add_argument("--load-mode", choices=ServedModel.LoadMode.values, help="when it is loaded, or not at all")
-        parser.add_argument("--keep-alive-seconds", help="idle time after which it is unloaded", **number)
+        number("--keep-alive-seconds", help="idle time after which it is unloaded")
         parser.add_argument("--notes", help="for operators")
         parser.add_argument("--force", action="store_true", help="inspect the file again although it looks unchanged")
 

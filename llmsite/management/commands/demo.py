@@ -30,5 +30,7 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         if options["json"]:
             self.stdout.write(json.dumps({"file": str(file), "created": is_new}))
-        elif is_new:
-            self.stdout.write(f"Made the demo tenants; their keys are in {file}.\n{demo_curl_line(config)}")
+            return
+        self.stdout.write(f"{'Made' if is_new else 'Found'} the demo tenants; their keys are in {file}.")
+        if options["verbosity"] > 0:
+            self.stdout.write(demo_curl_line(config))

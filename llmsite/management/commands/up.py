@@ -1,4 +1,4 @@
-"""`manage.py up`, as Django lists it. manage.py itself hands it to the supervisor before Django loads: it stays small."""
+"""`manage.py up`, as Django lists it. manage.py itself hands it to the supervisor before Django loads."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""What the web process holds for the API between its start and its stop: the stream reader, the reaper, threads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+from django.db import connections
+from django.urls import get_resolver
+
+from inference import reaper
+from inference.api import following
+from inference.api.hop import shared_hop
+from inference.tokenizers.pool import tokenizer_pool
+
+GC_THRESHOLDS = (20_000, 20, 50)
+"""Requests make little garbage that is cyclic; the defaults would look for it some ten times a second under load."""
+
+
+async def open_api() -> None:
+    """Before the first request: import every view, start the reader and the reaper, leave what is loaded to no GC."""
+    get_resolver().url_patterns  # noqa: B018 the URL table imports all views
+    shared_hop()
+    await following.reader().start()
+    reaper.start()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+async def close_api() -> None:
+    """After the last request, in reverse."""
+    await asyncio.to_thread(reaper.stop)
+    await following.close_reader()
+    await asyncio.to_thread(shared_hop().close)
+    shared_hop.cache_clear()
+    await asyncio.to_thread(tokenizer_pool().close)
+    connections.close_all()

@@ -1,0 +1,187 @@
+"""A served model in the memory of a worker: loading, its engine's runner, and how many of its slots are taken.
+
+Used by worker.py alone, from task threads, the engine's thread and the upkeep thread. Knows no Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from django.conf import settings
+
+from inference.engine.backend import Backend
+from inference.engine.runner import EngineRunner
+from inference.engine.stats import EngineStats
+from inference.engine.types import EngineError, EventSink
+from inference.registry import Served
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 30.0
+"""A model that failed to load, or whose engine crashed, is tried again after this."""
+UNAVAILABLE = "llm_unavailable"
+
+LoadBackend = Callable[[Served], Backend]
+
+
+class State(StrEnum):
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    RETIRING = "retiring"
+    """Takes no more requests; is unloaded or replaced when it is idle."""
+
+
+def load_backend(served: Served) -> Backend:
+    """The backend that the configuration asks for. llama_cpp is imported here, in workers, and not before."""
+    if settings.CONFIG.engine == "fake":
+        from inference.engine.fake_backend import FakeBackend
+
+        return FakeBackend(served.n_slots, served.n_ctx)
+    from inference.engine.llama_backend import LlamaBackend
+
+    return LlamaBackend.load(
+        served.path,
+        n_ctx=served.n_ctx,
+        n_slots=served.n_slots,
+        n_threads=served.n_threads,
+        n_gpu_layers=served.n_gpu_layers,
+        kv_type=served.kv_type,
+        progress=_progress(served.name),
+    )
+
+
+def _progress(name: str) -> Callable[[float], None]:
+    """Log every quarter, so that a long load is seen to be alive."""
+    told = [0.0]
+
+    def report(part: float) -> None:
+        if part - told[0] >= 0.25:
+            told[0] = part
+            logger.info("loading %s: %d %%", name, part * 100)
+
+    return report
+
+
+def fingerprint(served: Served) -> tuple[Any, ...]:
+    """What cannot change while a model is loaded."""
+    options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
+    return (served.digest, str(served.path), *options)
+
+
+class HostedModel:
+    """One model. `num_busy` counts the leases it serves; the caller guards `reserve` and `free` with one lock."""
+
+    def __init__(self, served: Served, *, load: LoadBackend, sink: EventSink) -> None:
+        self.served = served
+        self.state = State.UNLOADED
+        self.error = ""
+        self.num_busy = 0
+        self.failed_at: float | None = None
+        self.used_at = time.monotonic()
+        self._load, self._sink = load, sink
+        self._runner: EngineRunner | None = None
+        self._loading = threading.Lock()
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that can serve now."""
+        return self.served.n_slots if self.state is State.READY else 0
+
+    @property
+    def takes(self) -> bool:
+        """Whether a ticket may be taken for it. A failed model takes tickets to answer them with its error; one that
+        is not loaded yet is loaded by the first."""
+        if self.state in (State.LOADING, State.RETIRING):
+            return False
+        return self.state is State.FAILED or self.num_busy < self.served.n_slots
+
+    def is_idle(self) -> bool:
+        return self.num_busy == 0
+
+    def runner(self) -> EngineRunner:
+        """The running engine, loaded if it is not. Raises EngineError."""
+        runner = self._runner
+        if runner is None:
+            runner = self.load()
+        self.used_at = time.monotonic()
+        return runner
+
+    def load(self) -> EngineRunner:
+        """Load it now; a second caller waits for the first. Raises EngineError with what the operator must know."""
+        with self._loading:
+            if self._runner is not None:
+                return self._runner
+            if self.state is State.FAILED and not self.may_retry():
+                raise EngineError(UNAVAILABLE, self.error)
+            self.state = State.LOADING
+            started = time.monotonic()
+            logger.info("loading %s from %s", self.served.name, self.served.path)
+            try:
+                runner = EngineRunner(self._load(self.served), sink=self._sink, on_crash=self._crashed)
+            except Exception as error:
+                self._fail(f"{self.served.name} could not be loaded: {error}")
+                raise EngineError(UNAVAILABLE, self.error) from error
+            runner.start()
+            self._runner, self.state, self.error = runner, State.READY, ""
+            logger.info("%s is loaded after %.1f s", self.served.name, time.monotonic() - started)
+            return runner
+
+    def may_retry(self) -> bool:
+        return self.failed_at is None or time.monotonic() - self.failed_at >= RETRY_SECONDS
+
+    def _fail(self, error: str) -> None:
+        logger.error(error)
+        self.state, self.error, self.failed_at = State.FAILED, error, time.monotonic()
+
+    def _crashed(self, error: BaseException) -> None:
+        """On the engine's thread: its sequences have ended; the model is loaded anew later."""
+        self._runner = None
+        self._fail(f"the engine of {self.served.name} crashed: {error!r}")
+
+    def retire(self) -> None:
+        self.state = State.RETIRING
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more and wait for what runs; whether all of it ended in time."""
+        runner = self._runner
+        return runner is None or runner.drain(seconds)
+
+    def unload(self, *, to: State = State.UNLOADED) -> None:
+        """End what still runs and free the memory."""
+        with self._loading:
+            runner, self._runner = self._runner, None
+            if runner is not None:
+                runner.stop()
+                logger.info("%s is unloaded", self.served.name)
+            self.state = to
+
+    def cancel(self, request_id: str) -> None:
+        runner = self._runner
+        if runner is not None:
+            runner.cancel(request_id)
+
+    def stats(self) -> EngineStats | None:
+        runner = self._runner
+        return None if runner is None else runner.stats()
+
+    def report(self) -> dict[str, Any]:
+        """Its part of the worker's heartbeat."""
+        stats = self.stats()
+        return {
+            "id": self.served.id,
+            "name": self.served.name,
+            "digest": self.served.digest,
+            "state": self.state.value,
+            "error": self.error,
+            "n_ctx": self.served.n_ctx,
+            "slots": self.served.n_slots,
+            "busy": self.num_busy,
+            "steps": stats.num_steps if stats else 0,
+        }

@@ -1,0 +1,59 @@
+"""`manage.py worker`: a Celery worker that holds the models of one pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
+
+from inference import registry
+from inference.doorbell import HOUSEKEEPING
+
+HOUSEKEEPING_QUEUE = "housekeeping"
+"""Jobs of beat (llmsite/processes/beat.py); every worker takes them, whatever its pool."""
+LEAST_THREADS = 64
+"""Threads are made when they are needed; models that are registered later need some too."""
+
+
+class Command(BaseCommand):
+    help = """Run a worker of one pool of models, in the foreground, until TERM or Ctrl-C.
+
+    manage.py worker
+    manage.py worker --pool large --concurrency 128"""
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--pool", default="default", help="the pool whose models it holds (default: default)")
+        parser.add_argument(
+            "--concurrency", type=int, help="task threads; by default twice the slots of the pool, at least 64"
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        from celery.signals import setup_logging
+
+        from llmsite.celery import app
+
+        setup_logging.connect(_keep_logging, weak=False)
+        pool = options["pool"]
+        threads = options["concurrency"] or max(LEAST_THREADS, 2 * _num_slots(pool))
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "WARNING"]
+        app.worker_main(
+            [
+                "--quiet",
+                "worker",
+                "--pool",
+                "threads",
+                "--concurrency",
+                str(threads),
+                "--queues",
+                f"{pool},{HOUSEKEEPING}",
+                *quiet,
+            ]
+        )
+
+
+def _keep_logging(**_: Any) -> None:
+    """Settings have configured it; with a receiver here Celery leaves it alone."""
+
+
+def _num_slots(pool: str) -> int:
+    return sum(served.n_slots for served in registry.in_pool(pool))

@@ -1,0 +1,257 @@
+"""A whole site inside the test process: uvicorn on a thread, a worker with a fake model, the cast; Celery left out.
+
+Deterministic and quick: text is cut at blanks into tokens, answers are invented at the speed that a test sets. With
+API_BASE and API_KEY in the environment, `api` talks to that deployment instead, and only tests that can are run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+API_BASE = os.environ.get("API_BASE", "").rstrip("/")
+API_KEY = os.environ.get("API_KEY", "")
+MODEL = "fake-model"
+OTHER_MODEL = "granted-model"
+N_CTX = 256
+N_SLOTS = 4
+
+
+class Client(httpx.Client):
+    """httpx with a key, and the few calls that every test makes."""
+
+    def __init__(self, base_url: str, key: str | None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        super().__init__(base_url=base_url, headers=headers, timeout=30.0)
+        self.key = key or ""
+
+    def generate(self, prompt: str = "Once upon a time", **fields: Any) -> httpx.Response:
+        return self.post("/v1/generate", json={"prompt": prompt, "max_new_tokens": 8, **fields})
+
+    def events(self, prompt: str = "Once upon a time", **fields: Any) -> list[tuple[str, dict[str, Any]]]:
+        """The whole stream of a request, as (event, data) pairs."""
+        body = {"prompt": prompt, "max_new_tokens": 8, "stream": True, **fields}
+        with self.stream("POST", "/v1/generate", json=body) as response:
+            assert response.status_code == 200, response.read()
+            return list(read_events(response))
+
+
+def read_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Server-sent events as (event, data); comments are dropped."""
+    event = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            event = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield event, orjson.loads(line.removeprefix("data: "))
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Fails the test if the condition does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)
+
+
+class BlankTokenizers:
+    """In the place of TokenizerPool: one token per word."""
+
+    def __init__(self) -> None:
+        self.num_encoded = 0
+
+    def encode(self, model: Any, text: str) -> tuple[int, ...]:
+        self.num_encoded += 1
+        return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
+
+    def close(self) -> None:
+        return
+
+
+@dataclass
+class FakeSpeed:
+    """What the fake model does; change it before the worker starts, or restart the worker."""
+
+    seconds_per_step: float = 0.0
+    answer_tokens: int | None = None
+
+
+@dataclass
+class InProcessSite:
+    """A running site; `host` is its worker."""
+
+    base_url: str
+    cast: Any
+    speed: FakeSpeed
+    tokenizers: BlankTokenizers
+    models: dict[str, Any]
+    host: Any = None
+    clients: list[Client] = field(default_factory=list)
+    pump: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, thread_name_prefix="task"))
+
+    def client(self, customer: Any = None) -> Client:
+        client = Client(self.base_url, customer.text if customer else None)
+        self.clients.append(client)
+        return client
+
+    def start_worker(self) -> None:
+        from accounts import redis_client
+        from inference.engine.fake_backend import FakeBackend
+        from inference.worker import WorkerHost
+
+        def load(served: Any) -> FakeBackend:
+            return FakeBackend(
+                served.n_slots, served.n_ctx, self.speed.seconds_per_step, answer_tokens=self.speed.answer_tokens
+            )
+
+        self.host = WorkerHost("default", client=redis_client.client(), load=load)
+        self.host.start()
+
+    def stop_worker(self, drain_seconds: float = 0.0) -> None:
+        host, self.host = self.host, None
+        if host is not None:
+            host.stop(drain_seconds)
+
+    def ring(self, pool: str) -> bool:
+        """In the place of the Celery message."""
+        host = self.host
+        if host is not None and pool == host.pool:
+            self.pump.submit(host.serve)
+        return True
+
+    def num_running(self) -> int:
+        return len(self.host._live) if self.host else 0
+
+    def charged(self, customer: Any) -> tuple[int, int]:
+        """(tokens used, tokens reserved) of the tenant, once everything that ended is settled."""
+        from django.db.models import Sum
+
+        from accounts.models import QuotaPeriod
+
+        self.settle()
+        sums = QuotaPeriod.objects.filter(tenant=customer.tenant, key=None).aggregate(
+            used=Sum("used_tokens", default=0), reserved=Sum("reserved_tokens", default=0)
+        )
+        return sums["used"], sums["reserved"]
+
+    def settle(self) -> None:
+        """What has ended is in the database after this."""
+        from accounts import redis_client
+        from inference import settlement
+
+        wait_until(lambda: self.num_running() == 0)
+        if self.host is not None:
+            assert self.host._settler.flush(5.0)
+        settlement.settle_pending(redis_client.client())
+
+
+def _serve_models(cast: Any) -> dict[str, Any]:
+    from inference.models import ServedModel
+
+    common = {"path": "/models/fake.gguf", "n_ctx": N_CTX, "n_slots": N_SLOTS, "metadata": {"context_length": 4096}}
+    shared = ServedModel.objects.create(
+        name=MODEL, is_default=True, digest="a" * 64, aliases=["default-chat"], **common
+    )
+    granted = ServedModel.objects.create(name=OTHER_MODEL, visibility="granted", digest="b" * 64, **common)
+    granted.granted_tenants.add(cast.alice.tenant)
+    return {MODEL: shared, OTHER_MODEL: granted}
+
+
+@contextlib.contextmanager
+def _uvicorn() -> Iterator[str]:
+    """The real application on a real socket; yields its base URL."""
+    import uvicorn
+
+    from llmsite.asgi import application
+    from llmsite.guard import HeaderDeadlineProtocol
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    config = uvicorn.Config(
+        application, http=HeaderDeadlineProtocol, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn", daemon=True)
+    thread.start()
+    wait_until(lambda: server.started or not thread.is_alive())
+    assert thread.is_alive(), "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+@pytest.fixture
+def fake_speed() -> FakeSpeed:
+    """Instant, and as long as the request allows. Override it in a module or change it before asking for `site`."""
+    return FakeSpeed()
+
+
+@pytest.fixture
+def site(
+    transactional_db: None, monkeypatch: pytest.MonkeyPatch, cast: Any, fake_speed: FakeSpeed
+) -> Iterator[InProcessSite]:
+    from accounts import principals
+    from inference import admission, doorbell, registry
+
+    tokenizers = BlankTokenizers()
+    monkeypatch.setattr(admission, "tokenizer_pool", lambda: tokenizers)
+    principals.CACHE.forget()
+    models = _serve_models(cast)
+    registry.forget()
+    with _uvicorn() as base_url:
+        site = InProcessSite(base_url, cast, fake_speed, tokenizers, models)
+        monkeypatch.setattr(doorbell, "ring", site.ring)
+        site.start_worker()
+        try:
+            yield site
+        finally:
+            for client in site.clients:
+                client.close()
+            site.stop_worker()
+            site.pump.shutdown(wait=True)
+    registry.forget()
+    principals.CACHE.forget()
+
+
+if API_BASE:
+
+    @pytest.fixture
+    def api() -> Iterator[Client]:
+        """A client of the deployment at API_BASE."""
+        with Client(API_BASE, API_KEY) as client:
+            yield client
+
+else:
+
+    @pytest.fixture
+    def api(site: InProcessSite) -> Client:  # type: ignore[misc]
+        """A client whose key may generate: Alice's, on a site in this process."""
+        return site.client(site.cast.alice)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Against a deployment: the tests that ask for `api` and reach into nothing else."""
+    if not API_BASE:
+        return
+    inside = {"site", "db", "transactional_db", "cast", "valkey", "monkeypatch"}
+    keep = [
+        item
+        for item in items
+        if "api" in getattr(item, "fixturenames", ()) and inside.isdisjoint(getattr(item, "fixturenames", ()))
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in keep])
+    items[:] = keep

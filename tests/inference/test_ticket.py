@@ -1,0 +1,88 @@
+"""The ticket's form on the wire."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.engine.types import SamplingParams
+from inference.ticket import Ticket, TicketError
+from tests.inference.flow import ticket
+
+pytestmark = pytest.mark.unit
+
+SAMPLING = SamplingParams(
+    temperature=0.0, top_k=1, seed=7, logit_bias=((5, -1.5), (6, float(2))), samplers=("top_k",), ignore_eos=True
+)
+
+
+def test_a_ticket_survives_the_way_through_bytes() -> None:
+    sent = ticket(
+        sampling=SAMPLING, stop=("\n\n", "é"), adapters=(("abc", 0.5),), cache_key="1:ff", stream=True, clamped=True
+    )
+    assert Ticket.parse(sent.header(), sent.prompt_bytes()) == sent
+
+
+def test_without_its_prompt_a_ticket_still_says_how_long_it_was() -> None:
+    sent = ticket()
+    read = Ticket.parse(sent.header())
+    assert read.prompt == ()
+    assert read.num_prompt_tokens == len(sent.prompt)
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50))
+def test_any_tokens_survive(tokens: list[int]) -> None:
+    sent = ticket(prompt=tuple(tokens), num_prompt_tokens=len(tokens))
+    assert Ticket.parse(sent.header(), sent.prompt_bytes()).prompt == tuple(tokens)
+
+
+def test_the_header_holds_no_token_of_the_prompt() -> None:
+    assert b'prompt":' not in ticket().header().replace(b"num_prompt_tokens", b"")
+
+
+def _changed(**changes: object) -> bytes:
+    values = orjson.loads(ticket().header())
+    values.update(changes)
+    return orjson.dumps({name: value for name, value in values.items() if value is not ...})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\x80\x04garbage",
+        b"[]",
+        b'"text"',
+        _changed(v=2),
+        orjson.dumps({"v": 1}),
+        _changed(surprise=1),
+        _changed(request_id=5),
+        _changed(tenant_id="1"),
+        _changed(tenant_id=True),
+        _changed(created_at="now"),
+        _changed(stream=1),
+        _changed(cache_key=3),
+        _changed(stop="\n"),
+        _changed(stop=[1]),
+        _changed(adapters=[1]),
+        _changed(adapters=[["a", "b"]]),
+        _changed(sampling=[]),
+        _changed(sampling={"unknown": 1}),
+        _changed(sampling={"temperature": "hot"}),
+        _changed(sampling={"top_k": 1.5}),
+        _changed(sampling={"seed": "x"}),
+        _changed(sampling={"ignore_eos": 1}),
+        _changed(sampling={"samplers": "top_k"}),
+    ],
+)
+def test_anything_else_is_refused(header: bytes) -> None:
+    with pytest.raises(TicketError):
+        Ticket.parse(header)
+
+
+@pytest.mark.parametrize("prompt", [b"\x01", b"\x01\x00\x00\x00"])
+def test_a_prompt_of_another_length_is_refused(prompt: bytes) -> None:
+    with pytest.raises(TicketError):
+        Ticket.parse(ticket().header(), prompt)
