@@ -122,8 +122,9 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _hash(path: Path, progress: Progress | None) -> str:
-    total, done, hasher = path.stat().st_size, 0, hashlib.sha256()
+    done, hasher = 0, hashlib.sha256()
     try:
+        total = path.stat().st_size
         with path.open("rb") as file:
             while block := file.read(HASH_BLOCK_BYTES):
                 hasher.update(block)

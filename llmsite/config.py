@@ -125,6 +125,12 @@ class Config(BaseSettings):
         description="Requests per minute while Redis does not answer: `closed` refuses with 503, `open` lets a bounded "
         "number a minute through.",
     )
+    worker_metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port on HOST where a worker shows its own `/metrics`; 0: none. On one machine the web shows all.",
+    )
     models_yaml: Path | None = Field(
         None, description="Registry file for `manage.py sync_models`; read at start when it is set."
     )

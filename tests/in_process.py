@@ -120,9 +120,16 @@ class InProcessSite:
         self.host.start()
 
     def stop_worker(self, drain_seconds: float = 0.0) -> None:
+        from accounts import redis_client
+
         host, self.host = self.host, None
-        if host is not None:
-            host.stop(drain_seconds)
+        if host is None:
+            return
+        stopper = threading.Thread(target=host.stop, args=(drain_seconds,))
+        stopper.start()
+        while stopper.is_alive():  # its listener looks up once a second, or when something comes
+            redis_client.client().publish(f"cancel:{host.worker_id}", "")
+            stopper.join(0.02)
 
     def ring(self, pool: str) -> bool:
         """In the place of the Celery message."""

@@ -292,7 +292,12 @@ def test_an_unknown_path_and_a_wrong_method_are_told_in_the_same_shape(api: Clie
 
 
 def test_nothing_that_is_refused_is_charged(site: InProcessSite, api: Client) -> None:
-    for fields in ({"temperature": 9}, {"model": "nope"}, {"prompt": "word " * N_CTX}, {"model": OTHER_MODEL, "top_p": 2}):
+    for fields in (
+        {"temperature": 9},
+        {"model": "nope"},
+        {"prompt": "word " * N_CTX},
+        {"model": OTHER_MODEL, "top_p": 2},
+    ):
         assert api.generate(**fields).status_code >= 400
     assert site.charged(site.cast.alice) == (0, 0)
 
@@ -302,7 +307,9 @@ def test_a_model_that_is_not_granted_does_not_exist(site: InProcessSite) -> None
     assert alice.generate(model=OTHER_MODEL).status_code == 200
     refused, unknown = bob.generate(model=OTHER_MODEL), bob.generate(model="never-heard-of")
     assert refused.status_code == unknown.status_code == 404
-    assert refused.json()["message"].replace(OTHER_MODEL, "x") == unknown.json()["message"].replace("never-heard-of", "x")
+    assert refused.json()["message"].replace(OTHER_MODEL, "x") == unknown.json()["message"].replace(
+        "never-heard-of", "x"
+    )
 
 
 def test_exactly_what_was_generated_is_charged(site: InProcessSite, api: Client) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from inference.structured.gbnf import (
+from inference.structured.gbnf_tree import (
     MAX_REPETITION,
     AnyChar,
     Chars,

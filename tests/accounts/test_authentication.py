@@ -27,9 +27,19 @@ from tests.conftest import Cast
 pytestmark = [pytest.mark.integration, pytest.mark.django_db]
 
 
+def wait_for(condition: Any, seconds: float = 5) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it did not happen in time"
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
 @pytest.fixture(autouse=True)
-def _fresh_cache() -> Iterator[None]:
+def _fresh_cache(_clean_slate: None) -> Iterator[None]:
     principals.CACHE.forget()
+    principals.WATCHER.ensure_started()
+    wait_for(lambda: principals.WATCHER.keep_seconds() == principals.KEEP_SECONDS)
     yield
     principals.WATCHER.stop()
     principals.CACHE.forget()
@@ -70,10 +80,14 @@ def test_both_headers_name_the_same_caller(cast: Cast) -> None:
 
 def test_charlie_is_charlie(cast: Cast) -> None:
     assert authenticate_credentials(bearer(cast.charlie.text)).tenant_name == "Charlie's"
-    assert authenticate_credentials({"X-API-Key": cast.charlie.text, **bearer(cast.alice.text)}).tenant_name == "Charlie's"
+    assert (
+        authenticate_credentials({"X-API-Key": cast.charlie.text, **bearer(cast.alice.text)}).tenant_name == "Charlie's"
+    )
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": ""}, bearer(""), bearer(" "), {"Authorization": "Basic YTpi"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": ""}, bearer(""), bearer(" "), {"Authorization": "Basic YTpi"}]
+)
 def test_a_missing_key_is_missing(headers: dict[str, str]) -> None:
     assert refusal(headers).code == "missing_api_key"
 
@@ -103,11 +117,22 @@ def test_a_key_expires_while_it_is_in_memory(cast: Cast) -> None:
     assert refusal(bearer(cast.alice.text), now=end).code == "expired_api_key"
 
 
-def test_hostile_headers_cost_no_query_and_no_redis(cast: Cast, django_assert_num_queries: Any, monkeypatch: Any) -> None:
+def test_hostile_headers_cost_no_query_and_no_redis(
+    cast: Cast, django_assert_num_queries: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(throttling, "count_failure", lambda _address: pytest.fail("a trip to Redis"))
     dice = random.Random(11)
     alice = cast.alice.text
-    hostile = ["' OR 1=1 --", "llms_" + "a" * 51, "\x00" * 56, "é" * 56, "a" * 100_000, "%00", "${jndi:ldap://x}", "null"]
+    hostile = [
+        "' OR 1=1 --",
+        "llms_" + "a" * 51,
+        "\x00" * 56,
+        "é" * 56,
+        "a" * 100_000,
+        "%00",
+        "${jndi:ldap://x}",
+        "null",
+    ]
     while len(hostile) < 2000:
         position = dice.randrange(len(alice))
         hostile.append(alice[:position] + chr(dice.randrange(1, 0x3FF)) + alice[position + 1 :])
@@ -195,14 +220,6 @@ def test_a_revoked_key_is_refused_at_once_in_this_process(cast: Cast) -> None:
     authenticate_credentials(bearer(cast.bob.text))
 
 
-def wait_for(condition: Any, seconds: float = 5) -> float:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "it did not happen in time"
-        time.sleep(0.01)
-    return time.monotonic() - started
-
-
 def is_in_memory(public_id: str) -> bool:
     return principals.CACHE.get(public_id, principals.KEEP_SECONDS, time.monotonic())[0]
 
@@ -255,6 +272,7 @@ class NoRedis:
 
 
 def test_without_redis_rows_are_kept_for_a_second_only(cast: Cast, monkeypatch: Any, caplog: Any) -> None:
+    principals.WATCHER.stop()
     monkeypatch.setattr(principals, "client", NoRedis)
     authenticate_credentials(bearer(cast.alice.text))
     wait_for(lambda: "out of reach" in caplog.text)

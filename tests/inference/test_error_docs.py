@@ -12,7 +12,13 @@ from inference.api.errors import STATUS
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-REGISTRY_SOURCES = ("gguf.py", "inspection.py", "registry.py", "models_yaml.py", "management/commands/register_model.py")
+REGISTRY_SOURCES = (
+    "gguf.py",
+    "inspection.py",
+    "registry.py",
+    "models_yaml.py",
+    "management/commands/register_model.py",
+)
 
 
 def test_the_table_has_every_code_with_its_status_and_no_other() -> None:

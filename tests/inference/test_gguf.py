@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import tracemalloc
@@ -17,6 +18,7 @@ from tests.inference import gguf_files
 from tests.inference.gguf_files import ARRAY, STRING, build
 
 pytestmark = pytest.mark.unit
+NUM_DAMAGED = int(os.environ.get("LLMSITE_FUZZ_FILES", "600"))
 
 
 def read(tmp_path: Path, data: bytes) -> gguf.Header:
@@ -234,11 +236,11 @@ def outcome(path: Path) -> str:
     return "parsed"
 
 
-def test_600_damaged_files_are_each_parsed_or_refused_in_bounded_time_and_memory(tmp_path: Path) -> None:
+def test_damaged_files_are_each_parsed_or_refused_in_bounded_time_and_memory(tmp_path: Path) -> None:
     path, outcomes, slowest = tmp_path / "damaged.gguf", dict[str, int](), 0.0
     tracemalloc.start()
     try:
-        for data in gguf_files.damaged(build(), seed=20, count=600):
+        for data in gguf_files.damaged(build(), seed=20, count=NUM_DAMAGED):
             path.write_bytes(data)
             began = time.perf_counter()
             result = outcome(path)
@@ -247,7 +249,7 @@ def test_600_damaged_files_are_each_parsed_or_refused_in_bounded_time_and_memory
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sum(outcomes.values()) == 600
+    assert sum(outcomes.values()) == NUM_DAMAGED >= 500
     assert {"gguf_truncated", "gguf_malformed", "gguf_too_large", "parsed"} <= set(outcomes)
     assert slowest < 2
     assert peak < 16 << 20

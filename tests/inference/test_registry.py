@@ -160,6 +160,35 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     assert caught.value.code == "file_changed"
 
 
+@pytest.mark.parametrize(("left", "code"), [(100, "gguf_truncated"), (None, "gguf_missing")])
+def test_a_file_that_shrinks_or_goes_while_it_is_hashed_is_refused(tmp_path: Path, left: int | None, code: str) -> None:
+    path = gguf_files.write(tmp_path)
+
+    def meddle(_done: int, _total: int) -> None:
+        if left is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:left])
+
+    with pytest.raises(RegistrationError) as caught:
+        registry.register(path, "tiny", trial=PassingTrial(), progress=meddle)
+    assert caught.value.code == code
+
+
+def test_a_file_that_goes_before_it_is_hashed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gguf_files.write(tmp_path)
+    header = inspection.check_header(path)
+
+    def check_and_remove(path: Path) -> Any:
+        path.unlink()
+        return header
+
+    monkeypatch.setattr(inspection, "check_header", check_and_remove)
+    with pytest.raises(RegistrationError) as caught:
+        registry.register(path, "tiny", trial=PassingTrial())
+    assert caught.value.code == "gguf_unreadable"
+
+
 def test_a_state_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "occupied").write_text("a file where a folder must be")
     monkeypatch.setattr(inspection, "vocabulary_path", lambda digest: tmp_path / "occupied" / digest)

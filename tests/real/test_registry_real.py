@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import resource
+import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from inference import registry, trial, trial_load
-from inference.gguf import read_header, write_vocabulary_only
+from inference.gguf import GGUFError, read_header, write_vocabulary_only
 from inference.inspection import RegistrationError
 from inference.models import ServedModel
 from inference.trial import Trial, TrialError
@@ -122,6 +125,43 @@ def test_a_trial_that_takes_too_long_is_killed(model_path: Path, vocabulary: Pat
 def test_a_trial_that_wants_too_much_memory_is_refused(model_path: Path, vocabulary: Path) -> None:
     with pytest.raises(TrialError):
         Trial(overhead_bytes=64 << 20).run(model_path, vocabulary)
+
+
+def test_damaged_headers_of_the_real_model_end_in_a_report_or_a_reason(
+    model_path: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    """What the header reader lets pass goes to the child; whatever llama.cpp does with it, this process goes on."""
+    chance = random.Random(20)
+    path = tmp_path / "damaged.gguf"
+    shutil.copyfile(model_path, path)
+    outcomes = []
+    for _ in range(40):
+        place = chance.randrange(300, 1200)  # the model's dimensions
+        with path.open("r+b") as file:
+            file.seek(place)
+            before = file.read(4)
+            file.seek(place)
+            file.write(struct.pack("<I", chance.choice((0, 1, 7, 2**16, 2**31 - 1, 2**32 - 1))))
+        outcomes.append(_try(path, vocabulary))
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(before)
+    assert {"refused by the reader", "refused by the trial"} <= set(outcomes)
+
+
+def _try(path: Path, vocabulary: Path) -> str:
+    began = time.monotonic()
+    try:
+        read_header(path)
+        Trial(wall_seconds=20).run(path, vocabulary)
+    except GGUFError:
+        return "refused by the reader"
+    except TrialError as error:
+        assert str(error)
+        return "refused by the trial"
+    finally:
+        assert time.monotonic() - began < 25
+    return "passed"
 
 
 def test_the_child_examines_the_model(model_path: Path, vocabulary: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
+from prometheus_client import start_http_server
 
 from inference import registry
 from inference.doorbell import HOUSEKEEPING
@@ -32,6 +34,9 @@ class Command(BaseCommand):
 
         from llmsite.celery import app
 
+        config = settings.CONFIG
+        if config.worker_metrics_port:
+            start_http_server(config.worker_metrics_port, addr=config.host)
         setup_logging.connect(_keep_logging, weak=False)
         pool = options["pool"]
         threads = options["concurrency"] or max(LEAST_THREADS, 2 * _num_slots(pool))

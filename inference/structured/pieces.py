@@ -1,0 +1,116 @@
+"""Pieces of a grammar under construction: GBNF text together with the longest text it can produce, in characters.
+
+Rules share their text: equal bodies become one rule, so what a grammar costs follows its shape, not its repetitions.
+Pure; used by everything here that makes a grammar.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`kind` says what may be written beside it without brackets; `longest` counts Unicode characters."""
+
+    text: str
+    longest: int
+    kind: Literal["atom", "sequence", "choice"] = "atom"
+
+    @property
+    def grouped(self) -> str:
+        return f"({self.text})" if self.kind == "choice" else self.text
+
+
+EMPTY = Piece("", 0, "sequence")
+
+
+def literal(text: str) -> Piece:
+    """Exactly this text, which has no control characters."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return Piece(f'"{escaped}"', len(text)) if text else EMPTY
+
+
+def one_of(ranges: str) -> Piece:
+    """One character of a class, written as between the brackets."""
+    return Piece(f"[{ranges}]", 1)
+
+
+def sequence(*pieces: Piece) -> Piece:
+    parts = [piece for piece in pieces if piece.text]
+    if len(parts) == 1:
+        return parts[0]
+    return Piece(" ".join(part.grouped for part in parts), sum(part.longest for part in parts), "sequence")
+
+
+def choice(pieces: Iterable[Piece]) -> Piece:
+    """Any of the pieces, at least one of which is given; equal ones count once."""
+    parts = list({piece.text: piece for piece in pieces}.values())
+    if len(parts) == 1:
+        return parts[0]
+    text = " | ".join(part.text or '""' for part in parts)
+    return Piece(text, max(part.longest for part in parts), "choice")
+
+
+def repeat(piece: Piece, low: int, high: int) -> Piece:
+    """From low to high times. Counts of hundreds want an atom: llama.cpp multiplies them with the rules of a group."""
+    if high == 0 or not piece.text:
+        return EMPTY
+    if (low, high) == (1, 1):
+        return piece
+    times = "?" if (low, high) == (0, 1) else f"{{{low}}}" if low == high else f"{{{low},{high}}}"
+    text = piece.text if piece.kind == "atom" else f"({piece.text})"
+    return Piece(f"{text}{times}", piece.longest * high)
+
+
+def optional(piece: Piece) -> Piece:
+    return repeat(piece, 0, 1)
+
+
+class Rules:
+    """The named rules of one grammar."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._taken: set[str] = {"root"}
+
+    def name(self, hint: str, piece: Piece) -> Piece:
+        """A reference to a rule with this body; an equal rule that exists already is used again."""
+        if piece.text not in self._names:
+            self._names[piece.text] = self._free_name(hint)
+        return Piece(self._names[piece.text], piece.longest)
+
+    def grammar(self, root: Piece) -> str:
+        lines = [f"root ::= {root.text}"] + [f"{name} ::= {body}" for body, name in self._names.items()]
+        return "\n".join(lines) + "\n"
+
+    def _free_name(self, hint: str) -> str:
+        base = re.sub(r"[^a-z0-9]+", "-", hint.lower())[:32].strip("-") or "rule"
+        name, number = base, 2
+        while name in self._taken:
+            name, number = f"{base}-{number}", number + 1
+        self._taken.add(name)
+        return name
+
+
+def any_literal(rules: Rules, texts: Iterable[str]) -> Piece:
+    """Exactly one of the texts. Common beginnings are shared, so that few places are open for any character."""
+    ordered = sorted(set(texts))
+    if len(ordered) == 1:
+        return literal(ordered[0])
+    groups: dict[str, list[str]] = {}
+    for text in ordered:
+        groups.setdefault(text[:1], []).append(text)
+    return choice(_with_beginning(rules, group) for group in groups.values())
+
+
+def _with_beginning(rules: Rules, texts: list[str]) -> Piece:
+    """Texts that start with the same character, sorted: the common beginning, then the rest as a rule of its own."""
+    if len(texts) == 1:
+        return literal(texts[0])
+    first, last = texts[0], texts[-1]
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return sequence(literal(first[:length]), rules.name("end", any_literal(rules, [text[length:] for text in texts])))
