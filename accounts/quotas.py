@@ -286,14 +286,14 @@ class _Book:
 
     def close(self, orders: list[CloseOrder]) -> list[bool]:
         """Whether each order ended its reservation; of two for one request the first counts."""
-        first: dict[str, CloseOrder] = {}
-        for order in orders:
-            first.setdefault(order.request_id, order)
-        states = {each: _state_after(order) for each, order in first.items()}
+        first: dict[str, int] = {}
+        for place, order in enumerate(orders):
+            first.setdefault(order.request_id, place)
+        states = {each: _state_after(orders[place]) for each, place in first.items()}
         closed = quota_rows.close_reservations(states)
         for request_id, row in closed.items():
-            self._end(first[request_id], row)
-        return [first[order.request_id] is order and order.request_id in closed for order in orders]
+            self._end(orders[first[request_id]], row)
+        return [order.request_id in closed and first[order.request_id] == place for place, order in enumerate(orders)]
 
     def open(self, orders: list[Order]) -> list[Held | Refusal]:
         wanted = {(owner, order.now): order.anchor_day for order in orders for owner in quota_rows.owners(order)}

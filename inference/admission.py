@@ -9,8 +9,8 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 import redis
 from django.conf import settings
@@ -223,11 +223,11 @@ def _give_back_place(principal: Principal, request_id: str, tokens: int) -> None
 
 
 def _reserve(principal: Principal, order: GenerateOrder, request_id: str, prompt_tokens: int, max_tokens: int) -> Held:
-    """Requests that have ended a moment ago may still hold quota: if it is short, settle them and ask again."""
+    """Everything that was asked, or what is left once the requests that have ended a moment ago are settled."""
     now = _now()
     config = settings.CONFIG
     seconds = config.generation_timeout_seconds + config.drain_seconds + RESERVATION_MARGIN_SECONDS
-    reservation = ReserveOrder(
+    whole = ReserveOrder(
         request_id=request_id,
         tenant_id=principal.tenant_id,
         key_id=principal.quota_key_id,
@@ -236,20 +236,16 @@ def _reserve(principal: Principal, order: GenerateOrder, request_id: str, prompt
         key_limits=principal.key_limits,
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
-        all_or_nothing=order.all_or_nothing,
+        all_or_nothing=True,
         now=now,
-        expires_at=datetime.fromtimestamp(now.timestamp() + seconds, UTC),
+        expires_at=now + timedelta(seconds=seconds),
     )
     try:
-        held = quotas.reserve(reservation)
+        return quotas.reserve(whole)
     except Refusal as refusal:
-        if refusal.code != "quota_reserved" or not _settle_ended():
+        if not refusal.code.startswith("quota_") or (not _settle_ended() and order.all_or_nothing):
             raise
-        return quotas.reserve(reservation)
-    if held.clamped and _settle_ended():
-        quotas.release(request_id, "asked again", now)
-        return quotas.reserve(reservation)
-    return held
+    return quotas.reserve(replace(whole, all_or_nothing=order.all_or_nothing))
 
 
 def _settle_ended() -> bool:

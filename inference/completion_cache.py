@@ -84,20 +84,18 @@ class CompletionCache:
         return Completion(**orjson.loads(body)) if body else None
 
     def put_command(self, cache_key: str, completion: Completion) -> list[Any] | None:
-        """EVALSHA and its arguments, for the pipeline that also publishes the end. None where it is not to be kept."""
+        """A command for the pipeline that also publishes the end, or None where it is not to be kept.
+
+        EVAL with the whole script: a server that was restarted since has forgotten its hash.
+        """
         body = orjson.dumps(completion)
         if not self.is_on or not completion.output or len(body) > MAX_VALUE_BYTES:
             return None
-        return ["EVALSHA", self._put.sha, 2, *_names(cache_key), body, self._ttl_seconds, MAX_ENTRIES_PER_TENANT]
-
-    def load(self) -> None:
-        """Make the server know the script that `put_command` names."""
-        self._client.script_load(self._put.script)
+        return ["EVAL", self._put.script, 2, *_names(cache_key), body, self._ttl_seconds, MAX_ENTRIES_PER_TENANT]
 
     def put(self, cache_key: str, completion: Completion) -> None:
         """Keep it now; `put_command` saves the round trip."""
         if command := self.put_command(cache_key, completion):
-            self.load()
             self._client.execute_command(*command)
 
 

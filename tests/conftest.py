@@ -93,6 +93,10 @@ def _clean_slate(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("unit") and "valkey" not in request.fixturenames:
         return
     request.getfixturevalue("valkey_connection").flushdb()
+    if registry := sys.modules.get("inference.registry"):
+        registry.forget()
+    if principals := sys.modules.get("accounts.principals"):
+        principals.CACHE.forget()
 
 
 @pytest.fixture

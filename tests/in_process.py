@@ -118,6 +118,7 @@ class InProcessSite:
 
         self.host = WorkerHost("default", client=redis_client.client(), load=load)
         self.host.start()
+        self.host._note(self.host.queue.beat(self.host.worker_id, "default", self.host.num_slots, self.host._info()))
 
     def stop_worker(self, drain_seconds: float = 0.0) -> None:
         from accounts import redis_client

@@ -69,22 +69,35 @@ def ending_of(event: StreamEvent) -> Ending:
     return Ending(data["reason"], data.get("stop_word"), data.get("error"), data.get("receipt") or {})
 
 
+LOST = ("worker_lost", "The worker died during this request; nothing is charged.", 1)
+STOPPING = ("service_unavailable", "The worker is stopping; nothing is charged.", 2)
+CANCELLED = ("request_cancelled", "The request was cancelled.", None)
+NOT_TAKEN = ("validation_error", "The model does not take these parameters; nothing is charged.", None)
+FAILURES: dict[str, tuple[str, str, float | None]] = {
+    "worker_lost": LOST,
+    "request_lost": LOST,
+    "engine_crashed": LOST,
+    "worker_stopping": STOPPING,
+    "engine_stopped": STOPPING,
+    "queue_full": STOPPING,
+    "queue_timeout": ("queue_timeout", "No slot became free in time; nothing is charged.", 5),
+    "deadline": ("generation_timeout", "The request did not end within its time.", None),
+    "cancelled": CANCELLED,
+    "llm_unavailable": ("llm_unavailable", "The model cannot be loaded; nothing is charged.", 30),
+    "invalid_request": NOT_TAKEN,
+    "invalid_sampling": NOT_TAKEN,
+    "invalid_token": NOT_TAKEN,
+}
+"""From the worker's and the engine's words to the refusal that a client reads: code, message, seconds to wait."""
+
+
 def failure(ending: Ending) -> Refusal:
     """Why a request that was admitted has no answer."""
-    code = ending.error or ending.reason
-    if code in {"worker_lost", "request_lost"}:
-        return Refusal("worker_lost", "The worker died during this request; nothing is charged.", retry_after=1)
-    if code == "queue_timeout":
-        return Refusal("queue_timeout", "No slot became free in time; nothing is charged.", retry_after=5)
-    if code in {"deadline", "generation_timeout"}:
-        return Refusal("generation_timeout", "The request did not end within its time.")
-    if code in {"cancelled", "request_cancelled"}:
-        return Refusal("request_cancelled", "The request was cancelled.")
-    if code in {"worker_stopping", "engine_stopped", "queue_full"}:
-        return Refusal("service_unavailable", "The worker is stopping; nothing is charged.", retry_after=2)
-    if code == "model_unavailable":
-        return Refusal("llm_unavailable", "The model cannot be loaded; nothing is charged.", retry_after=30)
-    return Refusal("generation_failed", "The model failed on this request; nothing is charged.", reason=code[:64])
+    word = ending.error or ending.reason
+    if word not in FAILURES:
+        return Refusal("generation_failed", "The model failed on this request; nothing is charged.", reason=word[:64])
+    code, message, retry_after = FAILURES[word]
+    return Refusal(code, message, retry_after=retry_after)
 
 
 @dataclass(slots=True)

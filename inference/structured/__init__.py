@@ -1,4 +1,4 @@
-"""Constrained output as pure text: GBNF grammars checked before llama.cpp sees them, and grammars made from JSON Schema.
+"""Constrained output as pure text: GBNF grammars checked before llama.cpp sees them, or made from JSON Schema.
 
 Standard library only, no clock and no thread: the web process calls it at the door, tests call it directly. What runs
 a grammar (the sampler, its dry run in a child process) lives in the engine and must not come here.
@@ -10,6 +10,7 @@ from inference.structured.json_schema import (
     Options,
     SchemaError,
     compile_schema,
+    compile_within,
     json_object_grammar,
     max_length,
     to_grammar,
@@ -27,6 +28,7 @@ __all__ = [
     "SchemaError",
     "compile_schema",
     "compile_tool_calls",
+    "compile_within",
     "json_object_grammar",
     "max_length",
     "to_grammar",

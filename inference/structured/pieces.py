@@ -63,7 +63,8 @@ def repeat(piece: Piece, low: int, high: int) -> Piece:
         return piece
     times = "?" if (low, high) == (0, 1) else f"{{{low}}}" if low == high else f"{{{low},{high}}}"
     text = piece.text if piece.kind == "atom" else f"({piece.text})"
-    return Piece(f"{text}{times}", piece.longest * high)
+    # Not an atom: a quantifier after a quantifier would be read as one more.
+    return Piece(f"{text}{times}", piece.longest * high, "sequence")
 
 
 def optional(piece: Piece) -> Piece:

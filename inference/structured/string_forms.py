@@ -30,11 +30,10 @@ def text(rules: Rules, low: int, high: int) -> Piece:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What is between the quotation marks, and its shortest and longest length in characters."""
+    """What is between the quotation marks, and the length of its shortest text in characters."""
 
     piece: Callable[[Rules], Piece]
     shortest: int
-    longest: int
 
 
 def _digits(count: int) -> Piece:
@@ -130,14 +129,14 @@ def _ipv6(rules: Rules) -> Piece:
 
 
 FORMATS: dict[str, Format] = {
-    "date": Format(_date, 10, 10),
-    "time": Format(_time, 9, 21),
-    "date-time": Format(_date_time, 20, 32),
-    "duration": Format(_duration, 3, 32),
-    "uuid": Format(_uuid, 36, 36),
-    "hostname": Format(_hostname, 4, 165),
-    "email": Format(_email, 6, 215),
-    "uri": Format(_uri, 11, 341),
-    "ipv4": Format(_ipv4, 7, 15),
-    "ipv6": Format(_ipv6, 15, 39),
+    "date": Format(_date, 10),
+    "time": Format(_time, 9),
+    "date-time": Format(_date_time, 20),
+    "duration": Format(_duration, 3),
+    "uuid": Format(_uuid, 36),
+    "hostname": Format(_hostname, 4),
+    "email": Format(_email, 6),
+    "uri": Format(_uri, 11),
+    "ipv4": Format(_ipv4, 7),
+    "ipv6": Format(_ipv6, 15),
 }

@@ -36,6 +36,7 @@ class Command(HouseCommand):
 
     def show(self, result: dict[str, Any]) -> None:
         table = Table("tenant", "key", "plan", "tokens used", "held", "of", "starts anew", "requests ever", box=None)
+        table.columns[1].no_wrap = True
         for row in result["usage"]:
             limit = row["quota_monthly"]
             table.add_row(

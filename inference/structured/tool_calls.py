@@ -1,0 +1,140 @@
+"""Grammars for calls of tools, in the notations that chat models were trained on.
+
+Only the forced cases: a model that may also answer in prose is left free. Text alone, no special tokens: llama.cpp
+matches a token by its text whatever kind it is. Tools are OpenAI's or Anthropic's. Pure, called at the door.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from inference.structured.json_schema import Bounds, Compiled, Options, finish, schema_piece
+from inference.structured.pieces import EMPTY, Piece, Rules, choice, literal, optional, repeat, sequence
+from inference.structured.schema_forms import SchemaError, at
+
+MAX_TOOLS = 128
+MAX_CALLS = 8
+"""Calls in one answer where several are allowed."""
+
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NO_ARGUMENTS = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How one call is written, from its name in JSON and its arguments, and what stands around and between calls."""
+
+    call: Callable[[str, Piece, Piece, Piece], Piece]
+    start: str = ""
+    between: str = ""
+    end: str = ""
+
+
+def _json_call(name: str, arguments: Piece, space: Piece, newline: Piece, *, key: str = "arguments") -> Piece:
+    head = [literal('{"name":'), space, literal(f"{json.dumps(name)},"), space]
+    return sequence(*head, literal(f'"{key}":'), space, arguments, literal("}"))
+
+
+def _tagged_call(name: str, arguments: Piece, space: Piece, newline: Piece) -> Piece:
+    call = _json_call(name, arguments, space, newline)
+    return sequence(literal("<tool_call>"), newline, call, newline, literal("</tool_call>"))
+
+
+def _mistral_call(name: str, arguments: Piece, space: Piece, newline: Piece) -> Piece:
+    return sequence(literal(f"[TOOL_CALLS]{name}[ARGS]"), arguments)
+
+
+def _parameters_call(name: str, arguments: Piece, space: Piece, newline: Piece) -> Piece:
+    return _json_call(name, arguments, space, newline, key="parameters")
+
+
+def _qwen_call(name: str, arguments: Piece, space: Piece, newline: Piece) -> Piece:
+    return sequence(literal(f"✿FUNCTION✿: {name}"), Piece(r'"\n"', 1), literal("✿ARGS✿: "), arguments)
+
+
+TOOL_CALL_FORMATS: dict[str, _Format] = {
+    "chatml": _Format(_tagged_call, between="\n"),
+    "mistral": _Format(_mistral_call),
+    "mistral-old": _Format(_json_call, start="[TOOL_CALLS][", between=", ", end="]"),
+    "json": _Format(_json_call, between="\n"),
+    "llama3": _Format(_parameters_call, between="; "),
+    "qwen-old": _Format(_qwen_call, between="\n"),
+}
+
+
+def tool_call_grammar(
+    tools: Sequence[dict[str, Any]],
+    tool: str | None = None,
+    parallel: bool = False,
+    format: str = "chatml",
+    **options: Unpack[Options],
+) -> str:
+    """The grammar of one call of one of the tools, or of up to eight in a row if parallel. See compile_tool_calls."""
+    return compile_tool_calls(tools, tool, parallel, format, **options).grammar
+
+
+def compile_tool_calls(
+    tools: Sequence[dict[str, Any]],
+    tool: str | None = None,
+    parallel: bool = False,
+    format: str = "chatml",
+    **options: Unpack[Options],
+) -> Compiled:
+    """`tool` names the only one that may be called, None allows all ("required"); formats: TOOL_CALL_FORMATS.
+
+    Raises SchemaError with a pointer into the list of tools, ValueError for an unknown format.
+    """
+    if format not in TOOL_CALL_FORMATS:
+        raise ValueError(f"unknown tool call format {format!r}")
+    functions = _functions(tools)
+    if tool is not None and tool not in functions:
+        raise SchemaError("invalid", "", f"there is no tool named {tool!r}")
+    rules, bounds, form = Rules(), Bounds(**options), TOOL_CALL_FORMATS[format]
+    space = rules.name("space", optional(literal(" ")))
+    newline = rules.name("newline", optional(Piece(r'"\n"', 1)))
+    calls = [
+        rules.name(f"call-{name}", form.call(name, _arguments(rules, schema, pointer, bounds), space, newline))
+        for name, (schema, pointer) in functions.items()
+        if tool is None or name == tool
+    ]
+    return finish(rules, _row(rules, form, rules.name("call", choice(calls)), parallel))
+
+
+def _row(rules: Rules, form: _Format, call: Piece, parallel: bool) -> Piece:
+    between = Piece(r'"\n"', 1) if form.between == "\n" else literal(form.between)
+    following = rules.name("next-call", sequence(between, call))
+    more = repeat(following, 0, MAX_CALLS - 1) if parallel else EMPTY
+    return sequence(literal(form.start), call, more, literal(form.end))
+
+
+def _functions(tools: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], str]]:
+    """The schema of the arguments of each tool by name, and its place."""
+    if not 1 <= len(tools) <= MAX_TOOLS:
+        raise SchemaError("invalid", "", f"between 1 and {MAX_TOOLS} tools are needed")
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for index, tool in enumerate(tools):
+        pointer, function = at("", index), tool
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+            pointer, function = at(pointer, "function"), tool["function"]
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+            raise SchemaError("invalid", at(pointer, "name"), "a tool needs a name of 1 to 64 of A-Z a-z 0-9 _ . -")
+        if name in found:
+            raise SchemaError("invalid", at(pointer, "name"), f"two tools named {name!r}")
+        key = "input_schema" if "input_schema" in function else "parameters"
+        found[name] = (_NO_ARGUMENTS if function.get(key) is None else function[key]), at(pointer, key)
+    return found
+
+
+def _arguments(rules: Rules, schema: Any, pointer: str, bounds: Bounds) -> Piece:
+    """The arguments' texts: objects, whatever else the schema allows."""
+    try:
+        if isinstance(schema, dict) and schema.get("type", "object") != "object":
+            raise SchemaError("invalid", "/type", "the arguments of a tool are an object")
+        return schema_piece(rules, {"type": "object", **schema} if isinstance(schema, dict) else schema, bounds)
+    except SchemaError as error:
+        raise SchemaError(error.code, pointer + error.pointer, error.message) from error

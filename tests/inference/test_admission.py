@@ -1,0 +1,404 @@
+"""From an order to a ticket: every bound, every refusal, and that a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from accounts import quotas, throttling
+from accounts.models import LedgerEntry, QuotaPeriod, Reservation
+from accounts.refusals import Refusal
+from inference import admission, doorbell, settlement
+from inference.admission import Admitted, CachedAnswer, admit
+from inference.completion_cache import Completion, completion_cache
+from inference.engine.types import SamplingParams
+from inference.models import Receipt
+from inference.queue import TicketQueue, ticket_queue
+from inference.registry import forget
+from inference.stream import end_claimed
+from inference.tokenizers import pool as tokenizers
+from tests.inference.flow import PROMPT, admitted, new_id, order, principal_of, register
+
+pytestmark = [pytest.mark.integration, pytest.mark.django_db(transaction=True)]
+
+
+@pytest.fixture(autouse=True)
+def bell(monkeypatch: pytest.MonkeyPatch, valkey: Any) -> list[str]:
+    """Doorbells that were rung, instead of Celery's."""
+    rung: list[str] = []
+    monkeypatch.setattr(doorbell, "ring", lambda pool: rung.append(pool) or True)
+    return rung
+
+
+@pytest.fixture
+def alice(cast: Any) -> Any:
+    register()
+    return cast.alice
+
+
+def refused(principal: Any, **changes: Any) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        admit(principal, order(**changes), request_id=new_id(), route="/v1/generate")
+    return caught.value
+
+
+def everything(valkey: Any) -> tuple[Any, ...]:
+    """All that a request could hold: quota, places, tokens a minute, queues."""
+    periods = tuple(
+        QuotaPeriod.objects.order_by("pk").values_list(
+            "used_tokens", "reserved_tokens", "used_requests", "reserved_requests"
+        )
+    )
+    levels = {key: valkey.hget(key, "level") for key in sorted(valkey.keys("accounts:tokens:*"))}
+    names = [b"accounts:places:*", b"queue:*", b"ticket:*", b"waiting:*", b"heads:*", b"queued:*", b"of:*"]
+    held = {key: valkey.type(key) for name in names for key in valkey.keys(name)}
+    return periods, levels, held, Reservation.objects.filter(state="open").count()
+
+
+# What a ticket says
+
+
+def test_an_order_becomes_a_ticket_in_the_queue_and_rings_once(alice: Any, bell: list[str]) -> None:
+    answer = admitted(principal_of(alice), stop=("\n",), sampling=SamplingParams(seed=4), stream=True)
+    assert bell == ["default"]
+    assert not answer.clamped
+    lease = ticket_queue().take("default", "w1", [answer.served.id])
+    assert lease is not None
+    sent = lease.ticket
+    assert sent == answer.ticket
+    assert (sent.tenant_id, sent.key_id, sent.prompt) == (alice.tenant.pk, alice.key.pk, PROMPT)
+    assert (sent.max_tokens, sent.reserved_tokens, sent.entered_tokens) == (16, 26, 26)
+    assert (sent.stop, sent.sampling.seed, sent.stream, sent.cache_key) == (("\n",), 4, True, None)
+    assert sent.created_at < sent.queue_deadline_at <= sent.deadline_at
+
+
+def test_the_reservation_outlives_the_deadline(alice: Any) -> None:
+    sent = admitted(principal_of(alice)).ticket
+    assert Reservation.objects.get().expires_at.timestamp() > sent.deadline_at + 30
+
+
+def test_a_rotated_key_is_counted_on_the_first_of_its_chain(alice: Any, cast: Any, valkey: Any) -> None:
+    from dataclasses import replace
+
+    rotated = replace(principal_of(alice), quota_key_id=alice.key.pk, key_id=cast.bob.key.pk)
+    sent = admitted(rotated).ticket
+    assert (sent.key_id, sent.quota_key_id) == (cast.bob.key.pk, alice.key.pk)
+    assert valkey.zcard(f"accounts:places:key:{alice.key.pk}") == 1
+
+
+def test_text_is_tokenized_and_tokens_are_taken_as_they_are(alice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Words:
+        def encode(self, model: Any, text: str) -> tuple[int, ...]:
+            return tuple(len(word) for word in text.split())
+
+    monkeypatch.setattr(admission, "tokenizer_pool", Words)
+    assert admitted(principal_of(alice), prompt="to be or not").ticket.prompt == (2, 2, 2, 3)
+
+
+# How long the answer may be
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "granted"),
+    [
+        ({}, 16, 16),
+        ({}, None, 246),
+        ({}, 10_000, 246),
+        ({"max_output": 5}, None, 5),
+        ({"max_output": 5}, 16, 5),
+        ({"max_context": 30}, None, 20),
+        ({"max_context": 10_000}, None, 246),
+        ({"max_output": 5, "max_context": 12}, 16, 2),
+    ],
+)
+def test_the_answer_is_bounded_by_request_context_and_plan(
+    alice: Any, limits: dict[str, int], asked: int | None, granted: int
+) -> None:
+    assert admitted(principal_of(alice, **limits), max_tokens=asked).ticket.max_tokens == granted
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "code"),
+    [
+        ({}, {"prompt": ()}, "empty_prompt"),
+        ({}, {"prompt": tuple(range(256))}, "context_length_exceeded"),
+        ({"max_context": 10}, {}, "context_length_exceeded"),
+        ({"max_output": 0}, {}, "forbidden"),
+        ({}, {"model": "unknown"}, "model_not_found"),
+    ],
+)
+def test_what_can_never_fit_is_refused_before_anything_is_taken(
+    alice: Any, valkey: Any, limits: dict[str, int], changes: dict[str, Any], code: str
+) -> None:
+    refusal = refused(principal_of(alice, **limits), **changes)
+    assert refusal.code == code
+    assert not refusal.retryable
+    assert everything(valkey) == ((), {}, {}, 0)
+
+
+def test_a_prompt_that_is_too_long_says_by_how_much(alice: Any) -> None:
+    refusal = refused(principal_of(alice), prompt=tuple(range(300)))
+    assert refusal.extra == {"n_prompt_tokens": 300, "n_ctx": 256}
+
+
+def test_a_prompt_that_fills_all_but_one_token_is_taken(alice: Any) -> None:
+    assert admitted(principal_of(alice), prompt=tuple(range(255)), max_tokens=None).ticket.max_tokens == 1
+
+
+# Refusals at each step leave everything as it was
+
+
+def _redis_away(*_: Any, **__: Any) -> None:
+    raise redis.ConnectionError("away")
+
+
+def _full(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    return {"queue_length": 0}
+
+
+def _no_quota(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    return {"monthly_tokens": 5}
+
+
+def _no_requests_left(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    return {"monthly_requests": 0}
+
+
+def _no_place(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    return {"concurrent_requests": 0}
+
+
+def _no_tokens_a_minute(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    return {"tokens_per_minute": 20}
+
+
+def _queue_away(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    monkeypatch.setattr(TicketQueue, "put", _redis_away)
+    return {"tokens_per_minute": 1000}
+
+
+def _queue_replies_are_lost(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    put = TicketQueue.put
+
+    def lossy(self: TicketQueue, *arguments: Any, **options: Any) -> bool:
+        put(self, *arguments, **options)
+        raise redis.TimeoutError("no reply")
+
+    monkeypatch.setattr(TicketQueue, "put", lossy)
+    return {"tokens_per_minute": 1000}
+
+
+def _database_away(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    def away(_: Any) -> None:
+        raise Refusal("service_unavailable", "away", retry_after=1)
+
+    monkeypatch.setattr(quotas, "reserve", away)
+    return {"tokens_per_minute": 1000}
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "code"),
+    [
+        (_no_place, "too_many_concurrent_requests"),
+        (_no_tokens_a_minute, "rate_limit_exceeded"),
+        (_no_quota, "quota_exhausted"),
+        (_no_requests_left, "quota_exhausted"),
+        (_database_away, "service_unavailable"),
+        (_full, "queue_full"),
+        (_queue_away, "service_unavailable"),
+        (_queue_replies_are_lost, "service_unavailable"),
+    ],
+)
+def test_a_refusal_at_any_step_leaves_every_counter_as_it_was(
+    alice: Any,
+    valkey: Any,
+    bell: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    obstacle: Callable[[pytest.MonkeyPatch], dict[str, int]],
+    code: str,
+) -> None:
+    admitted(principal_of(alice, tokens_per_minute=1000))
+    before = everything(valkey)
+    bell.clear()
+    limits = obstacle(monkeypatch)
+    tighter = {**limits, "tokens_per_minute": limits.get("tokens_per_minute", 1000)}
+    assert refused(principal_of(alice, **tighter)).code == code
+    periods, levels, held, reservations = everything(valkey)
+    assert (periods, held, reservations) == (before[0], before[2], before[3])
+    if obstacle is not _no_tokens_a_minute:  # buckets refill meanwhile
+        assert {key: float(level) for key, level in levels.items()} == pytest.approx(
+            {key: float(level) for key, level in before[1].items()}, abs=8
+        )
+    assert bell == []
+    monkeypatch.undo()
+    assert isinstance(admitted(principal_of(alice)), Admitted)
+
+
+def test_an_undo_that_fails_does_not_hide_the_refusal(alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TicketQueue, "put", _redis_away)
+    monkeypatch.setattr(TicketQueue, "discard", _redis_away)
+    monkeypatch.setattr(quotas, "release", _redis_away)
+    assert refused(principal_of(alice)).code == "service_unavailable"
+    assert valkey.zcard(f"accounts:places:tenant:{alice.tenant.pk}") == 0
+
+
+def test_a_doorbell_out_of_order_does_not_refuse_what_is_queued(alice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorbell, "ring", lambda _: False)
+    assert ticket_queue().state(admitted(principal_of(alice)).ticket.request_id) is not None
+
+
+def test_without_redis_the_refusal_says_when_to_come_back(alice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TicketQueue, "put", _redis_away)
+    assert refused(principal_of(alice)).retry_after == 2
+
+
+# Quota
+
+
+def test_what_is_left_of_the_quota_bounds_the_answer(alice: Any) -> None:
+    answer = admitted(principal_of(alice, monthly_tokens=20))
+    assert answer.clamped
+    assert (answer.ticket.max_tokens, answer.ticket.clamped, answer.ticket.reserved_tokens) == (10, True, 20)
+
+
+def test_all_or_nothing_is_refused_instead(alice: Any) -> None:
+    assert refused(principal_of(alice, monthly_tokens=20), all_or_nothing=True).code == "quota_exhausted"
+
+
+def _end(sent: Any, charged: int) -> None:
+    """The request ends, and its settlement waits in Redis."""
+    queue = ticket_queue()
+    lease = queue.take("default", "w1", [sent.model_id])
+    assert lease is not None
+    outcome = settlement.Outcome(
+        status="completed",
+        finish_reason="eos",
+        charged_tokens=charged,
+        prompt_tokens=10,
+        completion_tokens=charged - 10,
+        num_steps=1,
+        finished_at=sent.created_at,
+    )
+    assert end_claimed(queue.client, lease, b'{"t":"finished"}', outcome.to_bytes())
+
+
+def test_quota_that_an_ended_request_still_holds_is_settled_first(alice: Any) -> None:
+    principal = principal_of(alice, monthly_tokens=37)
+    _end(admitted(principal).ticket, charged=11)
+    answer = admitted(principal)
+    assert not answer.clamped
+    assert answer.ticket.max_tokens == 16
+
+
+def test_an_answer_is_not_shortened_for_a_request_that_has_ended(alice: Any) -> None:
+    principal = principal_of(alice, monthly_tokens=40)
+    _end(admitted(principal).ticket, charged=11)
+    answer = admitted(principal)
+    assert (answer.clamped, answer.ticket.max_tokens) == (False, 16)
+    entries = LedgerEntry.objects.filter(request_id=answer.ticket.request_id)
+    assert entries.count() >= 1
+
+
+def test_quota_that_a_running_request_holds_is_refused_for_now(alice: Any) -> None:
+    principal = principal_of(alice, monthly_tokens=30)
+    admitted(principal)
+    refusal = refused(principal)
+    assert (refusal.code, refusal.retryable) == ("quota_reserved", True)
+
+
+def test_sixty_four_requests_at_once_never_reserve_more_than_the_quota(alice: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from django.db import connection
+
+    principal = principal_of(alice, monthly_tokens=1000)
+
+    def attempt(_: int) -> int:
+        try:
+            return admitted(principal, max_tokens=40, all_or_nothing=True).ticket.reserved_tokens
+        except Refusal:
+            return 0
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(16) as threads:
+        reserved = list(threads.map(attempt, range(64)))
+    assert sum(reserved) == 1000
+
+
+# Cached answers
+
+KEPT = Completion(output="text", finish_reason="eos", stop_word=None, prompt_tokens=10, completion_tokens=2)
+
+
+def _keep(principal: Any, **changes: Any) -> None:
+    sent = admitted(principal, use_cache=True, **changes).ticket
+    assert sent.cache_key is not None
+    completion_cache().put(sent.cache_key, KEPT)
+    ticket_queue().discard(sent.request_id)
+    throttling.leave(sent.tenant_id, sent.quota_key_id, sent.request_id)
+    quotas.release(sent.request_id, "test", admission._now())
+
+
+def test_an_identical_request_is_answered_from_the_cache_and_costs_one_request(alice: Any, bell: list[str]) -> None:
+    principal = principal_of(alice)
+    _keep(principal)
+    bell.clear()
+    request_id = new_id()
+    answer = admit(principal, order(use_cache=True), request_id=request_id, route="/v1/generate", parent_id="p")
+    assert isinstance(answer, CachedAnswer)
+    assert answer.completion == KEPT
+    assert bell == []
+    period = QuotaPeriod.objects.get(tenant=alice.tenant, key=None)
+    assert (period.used_requests, period.used_tokens, period.reserved_tokens) == (1, 0, 0)
+    receipt = Receipt.objects.get(request_id=request_id)
+    assert (receipt.cached, receipt.charged_tokens, receipt.parent_id) == (True, 0, "p")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_tokens": 15}, {"stop": ("x",)}, {"prompt": (*PROMPT, 1)}, {"use_cache": False}]
+)
+def test_another_request_is_computed(alice: Any, changes: dict[str, Any]) -> None:
+    principal = principal_of(alice)
+    _keep(principal)
+    assert isinstance(
+        admit(principal, order(**{"use_cache": True, **changes}), request_id=new_id(), route="r"), Admitted
+    )
+
+
+def test_bob_does_not_see_what_was_computed_for_alice(alice: Any, cast: Any) -> None:
+    _keep(principal_of(alice))
+    answer = admit(principal_of(cast.bob), order(use_cache=True), request_id=new_id(), route="r")
+    assert isinstance(answer, Admitted)
+
+
+def test_a_cached_answer_needs_a_request_of_the_quota(alice: Any) -> None:
+    _keep(principal_of(alice))
+    refusal = refused(principal_of(alice, monthly_requests=0), use_cache=True)
+    assert refusal.code == "quota_exhausted"
+    assert Receipt.objects.count() == 0
+
+
+def test_round_trips_to_redis_are_few_and_constant(alice: Any, valkey: Any) -> None:
+    principal = principal_of(alice)
+    admitted(principal)
+
+    def commands() -> int:
+        stats = valkey.info("commandstats")
+        return sum(int(stats[name]["calls"]) for name in stats if name in {"cmdstat_evalsha", "cmdstat_script|load"})
+
+    counts = []
+    for _ in range(3):
+        before = commands()
+        admitted(principal)
+        counts.append(commands() - before)
+    assert counts == [2, 2, 2]  # enter, put; the doorbell is Celery's
+
+
+def test_the_tokenizer_of_the_process_is_made_from_the_settings(settings: Any) -> None:
+    made = tokenizers.tokenizer_pool()
+    assert made._timeout_seconds == settings.CONFIG.tokenizer_timeout_seconds
+    forget()

@@ -1,0 +1,498 @@
+"""The worker without Celery: a fake engine, real Valkey, a real database."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from accounts.models import QuotaPeriod, Reservation
+from inference import doorbell, hosted, registry
+from inference import worker as worker_module
+from inference.completion_cache import completion_cache
+from inference.engine.fake_backend import FakeBackend
+from inference.engine.types import EngineError
+from inference.hosted import State
+from inference.models import Receipt, ServedModel
+from inference.queue import ticket_key, ticket_queue
+from inference.reaper import Reaper, cancel, cancel_where
+from inference.stream import stream_key
+from tests.inference.flow import (
+    admitted,
+    events,
+    fake_load,
+    finish,
+    principal_of,
+    register,
+    text_of,
+    wait_for,
+    worker,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.django_db(transaction=True)]
+
+
+@pytest.fixture(autouse=True)
+def bell(monkeypatch: pytest.MonkeyPatch, valkey: Any) -> list[str]:
+    rung: list[str] = []
+    monkeypatch.setattr(doorbell, "ring", lambda pool: rung.append(pool) or True)
+    return rung
+
+
+@pytest.fixture
+def alice(cast: Any) -> Any:
+    register()
+    return principal_of(cast.alice, tokens_per_minute=100_000, concurrent_requests=100)
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(worker_module, "BEAT_SECONDS", 0.02)
+    yield
+
+
+def counters(tenant_id: int) -> tuple[int, int, int, int]:
+    row = QuotaPeriod.objects.get(tenant_id=tenant_id, key=None)
+    return row.used_tokens, row.reserved_tokens, row.used_requests, row.reserved_requests
+
+
+def places(valkey: Any, tenant_id: int) -> int:
+    return int(valkey.zcard(f"accounts:places:tenant:{tenant_id}"))
+
+
+# From ticket to receipt
+
+
+def test_a_ticket_becomes_text_a_receipt_and_an_exact_charge(alice: Any, valkey: Any) -> None:
+    with worker(valkey, threads=2):
+        sent = admitted(alice, stream=True).ticket
+        last = finish(valkey, sent.request_id)
+        assert (last["reason"], last["error"]) == ("length", None)
+        assert last["receipt"]["completion_tokens"] == 16
+        found = events(valkey, sent.request_id)
+        assert found[0]["t"] == "started"
+        assert sum(event.get("n", 0) for event in found) == 16
+        assert places(valkey, alice.tenant_id) == 0
+        wait_for(lambda: not valkey.exists("settlements"))
+    assert counters(alice.tenant_id) == (26, 0, 1, 0)
+    receipt = Receipt.objects.get()
+    assert (receipt.charged_tokens, receipt.status, receipt.num_steps > 0) == (26, "completed", True)
+    assert valkey.hgetall("settlements") == {}
+
+
+def test_unused_tokens_a_minute_are_given_back(alice: Any, valkey: Any) -> None:
+    with worker(valkey, threads=1, load=fake_load(answer_tokens=4)):
+        sent = admitted(alice).ticket
+        assert finish(valkey, sent.request_id)["reason"] == "eos"
+        level = float(valkey.hget(f"accounts:tokens:tenant:{alice.tenant_id}", "level"))
+    assert level == pytest.approx(100_000 - 15, abs=5)
+
+
+def test_eight_at_once_are_decoded_in_one_batch(cast: Any, valkey: Any) -> None:
+    register(n_slots=8)
+    alice = principal_of(cast.alice)
+    with worker(valkey, threads=8, load=fake_load(0.005)):
+        tickets = [admitted(alice, max_tokens=40).ticket for _ in range(8)]
+        for sent in tickets:
+            finish(valkey, sent.request_id)
+        wait_for(lambda: Receipt.objects.count() == 8)
+    assert min(Receipt.objects.values_list("mean_batch_size", flat=True)) >= 4
+
+
+def test_one_thread_serves_all_that_wait(alice: Any, valkey: Any) -> None:
+    tickets = [admitted(alice).ticket for _ in range(10)]
+    with worker(valkey) as host:
+        host.serve()
+        for sent in tickets:
+            assert finish(valkey, sent.request_id)["reason"] == "length"
+
+
+def test_no_ticket_is_taken_for_a_slot_that_is_not_free(cast: Any, valkey: Any) -> None:
+    register(n_slots=2)
+    alice = principal_of(cast.alice)
+    with worker(valkey, threads=6, load=fake_load(0.02)):
+        tickets = [admitted(alice, max_tokens=20).ticket for _ in range(6)]
+        wait_for(lambda: ticket_queue().num_waiting("default") == 4)
+        time.sleep(0.05)
+        assert ticket_queue().num_waiting("default") == 4
+        for sent in tickets:
+            finish(valkey, sent.request_id)
+
+
+def test_a_hundred_requests_of_many_threads_end_once_each(cast: Any, valkey: Any) -> None:
+    register(n_slots=8)
+    alice = principal_of(cast.alice)
+    tickets = [admitted(alice, max_tokens=8).ticket for _ in range(100)]
+    with worker(valkey, threads=16):
+        for sent in tickets:
+            finish(valkey, sent.request_id, 20)
+        wait_for(lambda: not valkey.exists("settlements"))
+    ends = Counter(event["t"] for sent in tickets for event in events(valkey, sent.request_id))
+    assert ends["finished"] == 100
+    assert counters(alice.tenant_id) == (1800, 0, 100, 0)
+
+
+def test_an_answer_is_kept_for_identical_requests_before_its_end_is_seen(alice: Any, valkey: Any) -> None:
+    with worker(valkey, threads=1):
+        sent = admitted(alice, use_cache=True).ticket
+        finish(valkey, sent.request_id)
+        assert sent.cache_key is not None
+        kept = completion_cache().get(sent.cache_key, model_id="small")
+    assert kept is not None
+    assert kept.output == text_of(events(valkey, sent.request_id))
+
+
+def test_a_request_that_the_engine_refuses_ends_with_its_reason(alice: Any, valkey: Any) -> None:
+    with worker(valkey, threads=1, load=lambda served: FakeBackend(served.n_slots, 4)):
+        sent = admitted(alice).ticket
+        last = finish(valkey, sent.request_id)
+        wait_for(lambda: not valkey.exists("settlements"))
+    assert (last["reason"], last["error"]) == ("error", "prompt_too_long")
+    assert counters(alice.tenant_id) == (0, 0, 0, 0)
+
+
+# Deadlines
+
+
+def test_a_ticket_taken_after_its_queue_deadline_is_not_generated(
+    alice: Any, valkey: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.CONFIG, "queue_timeout_seconds", 0.01)
+    sent = admitted(alice).ticket
+    time.sleep(0.03)
+    with worker(valkey, threads=1):
+        assert finish(valkey, sent.request_id)["error"] == "queue_timeout"
+
+
+def test_a_ticket_that_waits_too_long_is_ended_by_the_sweep(
+    alice: Any, valkey: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.CONFIG, "queue_timeout_seconds", 0.01)
+    sent = admitted(alice).ticket
+    time.sleep(0.03)
+    assert Reaper(ticket_queue()).sweep() == 1
+    assert finish(valkey, sent.request_id)["error"] == "queue_timeout"
+    assert counters(alice.tenant_id) == (0, 0, 0, 0)
+    assert places(valkey, alice.tenant_id) == 0
+
+
+def test_a_deadline_ends_a_running_request_and_charges_what_was_computed(
+    alice: Any, valkey: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.CONFIG, "generation_timeout_seconds", 0.3)
+    with worker(valkey, threads=1, load=fake_load(0.02)):
+        sent = admitted(alice, max_tokens=200).ticket
+        last = finish(valkey, sent.request_id)
+        wait_for(lambda: Receipt.objects.exists())
+    assert last["reason"] == "deadline"
+    assert 0 < last["receipt"]["completion_tokens"] < 200
+    assert counters(alice.tenant_id)[0] == 10 + last["receipt"]["completion_tokens"]
+
+
+# Cancels
+
+
+def test_cancelling_a_waiting_request_is_free_and_ends_it_at_once(alice: Any, valkey: Any) -> None:
+    sent = admitted(alice).ticket
+    assert cancel(sent.request_id) == "waiting"
+    assert finish(valkey, sent.request_id, 0.1)["reason"] == "cancelled"
+    assert counters(alice.tenant_id) == (0, 0, 0, 0)
+    assert places(valkey, alice.tenant_id) == 0
+    assert Receipt.objects.get().status == "cancelled"
+    assert cancel(sent.request_id) == "done"
+
+
+def test_cancelling_a_running_request_frees_its_slot_and_charges_what_was_computed(alice: Any, valkey: Any) -> None:
+    with worker(valkey, threads=1, load=fake_load(0.01)):
+        sent = admitted(alice, max_tokens=240, stream=True).ticket
+        wait_for(lambda: text_of(events(valkey, sent.request_id)))
+        started = time.perf_counter()
+        assert cancel(sent.request_id) == "running"
+        last = finish(valkey, sent.request_id)
+        assert time.perf_counter() - started < 0.25
+        wait_for(lambda: Receipt.objects.exists())
+    assert last["reason"] == "cancelled"
+    generated = last["receipt"]["completion_tokens"]
+    assert 0 < generated < 240
+    assert counters(alice.tenant_id) == (10 + generated, 0, 1, 0)
+    assert sum(event.get("n", 0) for event in events(valkey, sent.request_id)) <= generated
+
+
+def test_a_cancel_that_was_published_into_the_void_comes_with_the_heartbeat(
+    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module.WorkerHost, "_listen", lambda _: None)
+    with worker(valkey, threads=1, load=fake_load(0.01)):
+        sent = admitted(alice, max_tokens=240).ticket
+        wait_for(lambda: valkey.hget(ticket_key(sent.request_id), "state") == b"leased")
+        cancel(sent.request_id)
+        assert finish(valkey, sent.request_id, 1)["reason"] == "cancelled"
+
+
+def test_a_cancel_that_overtakes_its_request_is_kept_for_it(alice: Any, valkey: Any) -> None:
+    sent = admitted(alice).ticket
+    with worker(valkey) as host:
+        host._cancel(sent.request_id)
+        host.serve()
+        assert finish(valkey, sent.request_id)["reason"] == "cancelled"
+        wait_for(lambda: not valkey.exists("settlements"))
+    assert counters(alice.tenant_id) == (0, 0, 0, 0)
+
+
+def test_revoking_ends_all_that_a_key_has_waiting_or_running(alice: Any, cast: Any, valkey: Any) -> None:
+    bob = principal_of(cast.bob)
+    with worker(valkey, threads=4, load=fake_load(0.01)):
+        ours = [admitted(alice, max_tokens=240).ticket for _ in range(6)]
+        other = admitted(bob, max_tokens=20).ticket
+        assert cancel_where(key_id=alice.key_id) == 6
+        assert {finish(valkey, sent.request_id)["reason"] for sent in ours} == {"cancelled"}
+        assert finish(valkey, other.request_id)["reason"] == "length"
+
+
+# Death, stalls, fencing
+
+
+def test_a_worker_that_falls_silent_is_reaped_and_its_words_count_no_more(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def stall(_: float) -> None:
+        gate.wait(10)
+
+    monkeypatch.setattr(worker_module.WorkerHost, "_beat", lambda _: None)
+    load = fake_load(0.01)
+    with worker(
+        valkey, threads=1, load=lambda served: FakeBackend(served.n_slots, served.n_ctx, 0.01, sleep=stall)
+    ) as host:
+        host.queue.beat(host.worker_id, "default", 4, {}, ttl_seconds=0.05)
+        sent = admitted(alice, max_tokens=20, stream=True).ticket
+        wait_for(lambda: valkey.hget(ticket_key(sent.request_id), "state") == b"leased")
+        time.sleep(0.1)
+        reaper = Reaper(ticket_queue())
+        reaper.sweep(0.0)
+        assert reaper.sweep(10.0) == 1
+        last = finish(valkey, sent.request_id)
+        assert (last["reason"], last["error"]) == ("error", "worker_lost")
+        assert counters(alice.tenant_id) == (0, 0, 0, 0)
+        assert places(valkey, alice.tenant_id) == 0
+        before = valkey.xlen(stream_key(sent.request_id))
+        gate.set()  # it wakes up, generates on, and is refused
+        wait_for(lambda: not host._live and not host._ended)
+        assert valkey.xlen(stream_key(sent.request_id)) == before
+        assert not valkey.exists("settlements")
+    assert load is not None
+    assert Receipt.objects.get().error_code == "worker_lost"
+    assert counters(alice.tenant_id) == (0, 0, 0, 0)
+
+
+def test_waiting_tickets_of_a_dead_worker_are_served_by_the_next(alice: Any, valkey: Any, bell: list[str]) -> None:
+    tickets = [admitted(alice).ticket for _ in range(3)]
+    bell.clear()
+    with worker(valkey) as host:
+        assert len(bell) >= 3  # it rings for what waits when it starts
+        host.serve()
+        for sent in tickets:
+            assert finish(valkey, sent.request_id)["reason"] == "length"
+
+
+def test_a_lease_whose_reply_was_lost_is_given_up(alice: Any, valkey: Any, quick_beats: None) -> None:
+    with worker(valkey) as host:
+        sent = admitted(alice).ticket
+        host.queue.take("default", host.worker_id, [sent.model_id])
+        wait_for(lambda: valkey.hget(ticket_key(sent.request_id), "state") == b"claimed")
+        assert Reaper(ticket_queue()).sweep() == 1
+    assert finish(valkey, sent.request_id)["error"] == "worker_lost"
+    assert Reservation.objects.get().state == "released"
+
+
+def test_a_lost_doorbell_is_rung_again_by_the_worker(
+    alice: Any, valkey: Any, bell: list[str], quick_beats: None
+) -> None:
+    with worker(valkey):
+        bell.clear()
+        admitted(alice)
+        bell.clear()
+        wait_for(lambda: bell)
+
+
+def test_a_worker_whose_bell_nobody_answers_ends(
+    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
+    stuck = threading.Event()
+    with worker(valkey, on_stuck=stuck.set):
+        admitted(alice)
+        assert stuck.wait(3)
+
+
+def test_redis_that_is_away_for_a_moment_loses_nothing(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker(valkey, threads=2, load=fake_load(0.01)) as host:
+        sent = admitted(alice, max_tokens=60, stream=True).ticket
+        wait_for(lambda: text_of(events(valkey, sent.request_id)))
+        away = threading.Event()
+        away.set()
+        pipeline = host._writer._client.pipeline
+
+        def failing(**options: Any) -> Any:
+            if away.is_set():
+                raise redis.ConnectionError("away")
+            return pipeline(**options)
+
+        monkeypatch.setattr(host._writer._client, "pipeline", failing)
+        time.sleep(0.3)
+        away.clear()
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        assert sum(event.get("n", 0) for event in events(valkey, sent.request_id)) == 60
+
+
+# Stopping
+
+
+def test_stopping_lets_short_requests_end_and_ends_long_ones_free_of_charge(cast: Any, valkey: Any) -> None:
+    register(n_slots=4)
+    alice = principal_of(cast.alice)
+    with worker(valkey, threads=4, load=fake_load(0.02)) as host:
+        short, long = admitted(alice, max_tokens=5).ticket, admitted(alice, max_tokens=240).ticket
+        late = None
+        wait_for(lambda: len(host._live) == 2)
+        started = time.monotonic()
+        host.stop(0.5)
+        assert time.monotonic() - started < 2.5
+        late = admitted(alice).ticket
+    assert finish(valkey, short.request_id)["reason"] == "length"
+    last = finish(valkey, long.request_id)
+    assert (last["reason"], last["error"]) == ("error", "worker_stopping")
+    assert counters(alice.tenant_id)[0] == 15
+    assert ticket_queue().workers() == []
+    assert ticket_queue().state(late.request_id).state == "waiting"  # type: ignore[union-attr]
+
+
+# Models
+
+
+def heartbeat(valkey: Any) -> dict[str, Any]:
+    (info,) = wait_for(lambda: ticket_queue().workers())
+    return {model["name"]: model for model in info.info["models"]}
+
+
+def test_a_model_that_cannot_be_loaded_is_reported_and_the_others_serve(
+    cast: Any, valkey: Any, quick_beats: None
+) -> None:
+    register()
+    register("broken", is_default=False)
+    alice = principal_of(cast.alice)
+
+    def load(served: Any) -> FakeBackend:
+        if served.name == "broken":
+            raise EngineError("model_file_missing", "there is no file")
+        return FakeBackend(served.n_slots, served.n_ctx)
+
+    with worker(valkey, threads=2, load=load):
+        sound, hopeless = admitted(alice).ticket, admitted(alice, model="broken").ticket
+        assert finish(valkey, sound.request_id)["reason"] == "length"
+        assert finish(valkey, hopeless.request_id)["error"] == "llm_unavailable"
+        report = wait_for(lambda: (found := heartbeat(valkey)).get("broken", {}).get("error") and found)
+    assert report["broken"]["state"] == "failed"
+    assert "there is no file" in report["broken"]["error"]
+    assert report["small"]["state"] == "ready"
+
+
+def test_a_lazy_model_is_loaded_by_its_first_request(cast: Any, valkey: Any) -> None:
+    register(load_mode="lazy")
+    with worker(valkey, threads=1) as host:
+        (model,) = host._all_models()
+        assert model.state is State.UNLOADED
+        sent = admitted(principal_of(cast.alice)).ticket
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        assert model.state is State.READY
+
+
+def test_a_model_registered_at_run_time_is_loaded_and_a_removed_one_unloaded(cast: Any, valkey: Any) -> None:
+    row = register()
+    alice = principal_of(cast.alice)
+    with worker(valkey, threads=1) as host:
+        register("second", is_default=False)
+        host.follow_registry()
+        assert sorted(model.served.name for model in host._all_models()) == ["second", "small"]
+        assert finish(valkey, admitted(alice, model="second").ticket.request_id)["reason"] == "length"
+        ServedModel.objects.filter(pk=row.pk).delete()
+        registry.forget()
+        host.follow_registry()
+        assert [model.served.name for model in host._all_models()] == ["second"]
+
+
+def test_a_model_that_was_edited_is_replaced_when_it_is_idle(cast: Any, valkey: Any) -> None:
+    row = register(n_ctx=256)
+    alice = principal_of(cast.alice)
+    with worker(valkey, threads=2, load=fake_load(0.01)) as host:
+        sent = admitted(alice, max_tokens=30).ticket
+        wait_for(lambda: host._live)
+        ServedModel.objects.filter(pk=row.pk).update(n_ctx=64)
+        registry.forget()
+        host.follow_registry()
+        (model,) = host._all_models()
+        assert model.state is State.RETIRING
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        wait_for(lambda: not host._live)
+        host.follow_registry()
+        (model,) = host._all_models()
+        assert (model.served.n_ctx, model.state) == (64, State.READY)
+        assert finish(valkey, admitted(alice).ticket.request_id)["reason"] == "length"
+
+
+def test_a_model_that_is_long_idle_is_unloaded_and_comes_back_when_asked(cast: Any, valkey: Any) -> None:
+    register(keep_alive_seconds=0)
+    with worker(valkey, threads=1) as host:
+        (model,) = host._all_models()
+        time.sleep(0.01)
+        host.follow_registry()
+        assert model.state is State.UNLOADED
+        assert host.num_slots == 0
+        sent = admitted(principal_of(cast.alice)).ticket
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        assert model.state is State.READY
+
+
+def test_an_engine_that_crashes_fails_its_requests_and_is_loaded_anew(
+    cast: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    alice = principal_of(cast.alice)
+    backends: list[FakeBackend] = []
+
+    def load(served: Any) -> FakeBackend:
+        def answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
+            return 1 // 0 if len(backends) == 1 and index == 3 else 5
+
+        backends.append(FakeBackend(served.n_slots, served.n_ctx, answer=answer))
+        return backends[-1]
+
+    monkeypatch.setattr(hosted, "RETRY_SECONDS", 0.05)
+    with worker(valkey, threads=1, load=load) as host:
+        sent = admitted(alice).ticket
+        last = finish(valkey, sent.request_id)
+        assert (last["reason"], last["error"]) == ("error", "engine_crashed")
+        time.sleep(0.1)
+        host.follow_registry()
+        assert finish(valkey, admitted(alice).ticket.request_id)["reason"] == "length"
+        wait_for(lambda: Receipt.objects.count() == 2)
+    assert len(backends) == 2
+    assert counters(alice.tenant_id) == (26, 0, 1, 0)
+
+
+def test_the_engine_of_the_configuration_is_loaded(cast: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    (served,) = registry.in_pool("default")
+    monkeypatch.setattr(settings.CONFIG, "engine", "fake")
+    assert isinstance(hosted.load_backend(served), FakeBackend)
+    monkeypatch.setattr(settings.CONFIG, "engine", "llama")
+    with pytest.raises(EngineError, match="nowhere"):
+        hosted.load_backend(served)
