@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 import redis
@@ -218,17 +219,17 @@ def _count(model: str, outcome: Outcome) -> None:
 
 def pending(client: redis.Redis, request_id: str) -> Ended | None:
     """The outcome of a request that has ended and is not in the database yet."""
-    record = client.hget("settlements", request_id)
+    record: Any = client.hget("settlements", request_id)
     return None if record is None else _parse(record)
 
 
 def settle_pending(client: redis.Redis, *, older_than_seconds: float = 0.0, most: int = GROUP_SIZE) -> int:
     """Settle outcomes that wait in Redis, whoever made them; how many. Raises as settle_many, and RedisError."""
     until = f"{time.time() - older_than_seconds:.6f}" if older_than_seconds else "+inf"
-    ids = client.zrange("unsettled", "-inf", until, byscore=True, offset=0, num=most)  # type: ignore[arg-type]
+    ids: Any = client.zrange("unsettled", "-inf", until, byscore=True, offset=0, num=most)
     if not ids:
         return 0
-    records = client.hmget("settlements", ids)
+    records: list[Any] = client.hmget("settlements", ids)
     ended = [item for item in map(_parse, filter(None, records)) if item is not None]
     if ended:
         settle_many(ended)
@@ -239,7 +240,7 @@ def settle_pending(client: redis.Redis, *, older_than_seconds: float = 0.0, most
 def strike_off(client: redis.Redis, request_ids: Sequence[str | bytes]) -> None:
     """These are in the database. One round trip."""
     with client.pipeline(transaction=False) as pipe:
-        pipe.hdel("settlements", *request_ids)  # type: ignore[arg-type]
+        pipe.hdel("settlements", *request_ids)
         pipe.zrem("unsettled", *request_ids)
         pipe.execute()
 

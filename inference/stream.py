@@ -242,7 +242,7 @@ class StreamWriter:
         for item in due:
             arguments = item.pack()
             if item.ends_in_flight and item.end is not None and item.end.before:
-                pipe.execute_command(*item.end.before)
+                pipe.execute_command(*item.end.before)  # type: ignore[no-untyped-call]
             places.append(len(pipe))
             pipe.evalsha(self._script.sha, 2, item.ticket_key, item.key, *arguments)
         all_replies = pipe.execute(raise_on_error=False)
@@ -273,7 +273,15 @@ class StreamWriter:
 def end_claimed(client: redis.Redis, lease: Lease, final: bytes, outcome: bytes) -> bool:
     """The last event of a ticket that was claimed, by whoever claimed it. False if another has claimed it since."""
     ticket = lease.ticket
-    head = [ticket.request_id, lease.token, 0, DONE_TTL_SECONDS, ticket.max_tokens + SPARE_EVENTS, outcome, final]
+    head: list[Any] = [
+        ticket.request_id,
+        lease.token,
+        0,
+        DONE_TTL_SECONDS,
+        ticket.max_tokens + SPARE_EVENTS,
+        outcome,
+        final,
+    ]
     reply = script(client, "append")(keys=[ticket_key(ticket.request_id), stream_key(ticket.request_id)], args=head)
     return bool(reply)
 
@@ -393,7 +401,7 @@ class StreamReader:
                 return
 
     async def _range(self, request_id: str, last_id: str) -> list[StreamEvent]:
-        entries = await self._client.xrange(stream_key(request_id), min=f"({last_id}")
+        entries: Any = await self._client.xrange(stream_key(request_id), min=f"({last_id}")
         return [_event(entry_id, values[b"e"]) for entry_id, values in entries]
 
     def _wake(self) -> None:
@@ -417,7 +425,7 @@ class StreamReader:
     async def _run(self) -> None:
         backoff = 0.05
         while True:
-            connection = self._client.connection_pool.make_connection()
+            connection = self._client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
             try:
                 await connection.connect()
                 while True:

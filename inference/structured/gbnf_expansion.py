@@ -35,10 +35,10 @@ def check(grammar: Grammar, limits: Limits) -> None:
     _check_references(grammar)
     _check_products(grammar, limits)
     rules = Expansion(grammar, limits).rules
+    _check_starts(grammar, rules, limits)
     ending = _reducible(rules, characters_count=False)
     if not ending[next(number for number, rule in enumerate(rules) if rule.owner == "root")]:
         raise grammar.error("never_ends", "no text of finite length satisfies rule 'root'", grammar.offsets["root"])
-    _check_starts(grammar, rules, limits)
 
 
 @dataclass(slots=True)
@@ -171,6 +171,8 @@ class Expansion:
             raise self._grammar.error("repetition", message, repeat.offset)
         num_optional = 1 if repeat.high is None else repeat.high - repeat.low
         self._count(lowered.weight * max(repeat.low - 1, 0) + (lowered.weight + 3) * num_optional)
+        if len(self.rules) + num_optional > self._limits.num_rules:
+            raise self._too_large("rules", self._limits.num_rules)
         items = lowered.items * repeat.low
         weight = lowered.weight * repeat.low
         if not num_optional:

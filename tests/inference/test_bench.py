@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from django.core.management import CommandError, call_command
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -598,3 +599,34 @@ def test_the_machine_is_described_without_names() -> None:
     assert described["cores"] == len(os.sched_getaffinity(0))
     assert os.uname().nodename not in json.dumps(described)
     assert machine.versions()["django"].startswith("5.2")
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_the_command_measures_a_real_installation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything but LiteLLM, for moments: figures are not judged, only that they are all there and without errors."""
+    call_command("bench", "--no-peer", "--rounds=1", "--seconds=0.4", "--clients=1,4", f"--out={tmp_path}", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    points = {(point["arm"], point["clients"]): point for point in printed["samples"]["points"]}
+    assert set(points) == {
+        (arm, clients)
+        for arm in ("direct", "direct_stream", "llmsite", "llmsite_cached", "llmsite_stream")
+        for clients in (1, 4)
+    }
+    assert [point["errors"] for point in points.values() if point["num_errors"]] == []
+    assert all(point["rate"] > 0 for point in points.values())
+    assert points["llmsite", 1]["work"]["queries"] > points["llmsite_cached", 1]["work"]["queries"] > 0
+    assert points["llmsite", 1]["work"]["redis_round_trips"] > 0
+    assert {"web", "worker", "valkey"} <= points["llmsite", 4]["cpu_seconds"].keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"gateway.json", "gateway.md", "gateway.svg"}
+    assert not {"web", "worker", "supervisor"} & {cost.name for cost in footprint.costs(os.getpid())}
+
+
+def test_the_command_says_why_it_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> gateway.Study:
+        raise children.NotStarted("llmsite ended with 1: no disk")
+
+    monkeypatch.setattr(gateway, "run", broken)
+    with pytest.raises(CommandError, match="no disk"):
+        call_command("bench", f"--out={tmp_path}")

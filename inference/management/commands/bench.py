@@ -17,7 +17,7 @@ from inference.bench import batching, batching_report, calls, children, gateway,
 from inference.bench.digest import digest
 from llmsite.config import BASE_DIR
 
-LOG_WIDTH = 160
+LOG_WIDTH = 200
 """Columns where the output goes to a file or a pipe."""
 EXAMPLES = """examples:
   manage.py bench                          llmsite and LiteLLM side by side, about seven minutes
