@@ -47,7 +47,7 @@ class GuardedChannel(transport.Channel):
     """
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
-        return super().basic_consume(queue, True, *args, **kwargs)  # type: ignore[misc]
+        return super().basic_consume(queue, True, *args, **kwargs)
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
         """Nothing was kept that could be acknowledged."""

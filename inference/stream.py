@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -57,7 +57,7 @@ def encode_finished(finished: Finished, worker_id: str) -> bytes:
             "reason": finished.reason.value,
             "stop_word": finished.stop_word,
             "error": finished.error,
-            "receipt": asdict(finished.receipt),
+            "receipt": finished.receipt,
             "worker": worker_id,
         }
     )

@@ -39,7 +39,7 @@ class ApiSchema(AutoSchema):
         errors = PUBLIC_ERRORS if getattr(self.view, "is_public", False) else KEY_ERRORS
         for status in errors:
             if str(status) not in operation["responses"]:
-                shape = self._get_response_for_code(ErrorReply, str(status))  # type: ignore[no-untyped-call]
+                shape = self._get_response_for_code(ErrorReply, str(status))
                 operation["responses"][str(status)] = shape
         return operation
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 # Read by OpenMP when llama.cpp is loaded. By default its threads spin 300,000 times at every barrier before they sleep:
-# next to a single busy process that made a step of 6 ms take 200 ms. With 300 spins it took 16 ms, with 1,000 it took 26;
-# alone it stays below 7 ms. "active" keeps OpenMP from falling to 100 spins, twice as slow, where several threads of ours
-# have computed.
+# next to a single busy process a step of 6 ms then took 200 ms. With 300 spins it took 16 ms, with 1,000 26; alone it
+# stays near 7 ms. "active" keeps OpenMP from falling to 100 spins, twice as slow, where several of our threads have
+# computed.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 

@@ -61,7 +61,9 @@ def test_a_process_waits_for_its_turn(lock_file: int) -> None:
         assert not is_free(lock_file)
 
 
-def test_a_process_that_stands_still_is_passed_by(lock_file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_stands_still_is_passed_by(
+    lock_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(turn_module, "MAX_WAIT_SECONDS", 0.05)
     fcntl.flock(lock_file, fcntl.LOCK_EX)
     with turn():

@@ -601,6 +601,11 @@ def test_the_machine_is_described_without_names() -> None:
     assert machine.versions()["django"].startswith("5.2")
 
 
+def test_a_busy_machine_is_said_to_be_busy() -> None:
+    assert machine.busyness({"load_average_before": 0.4, "cores": 2}) == []
+    assert "busy" in machine.busyness({"load_average_before": 3.5, "cores": 2})[0]
+
+
 @pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.timeout(170)

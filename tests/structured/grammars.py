@@ -1,7 +1,8 @@
 """Grammars for the tests here and on the real model: good ones, wrong ones with the blame, and those that kill.
 
 The bombs are what llama.cpp was killed or stalled by: deep nesting (a crash of its recursive parser), written-out
-repetitions (memory), bounds upside down (an endless loop), and its search for left recursion (time, or the stack).
+repetitions (memory), bounds upside down (an endless loop), its search for left recursion (time, or the stack), and
+places that double with every bracket of a text (time and memory, once it runs).
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ FINE = {
         "root ::= value\n"
         'value ::= "{" (pair ("," pair)*)? "}" | "[" (value ("," value)*)? "]" | string | [0-9]+ | "null"\n'
         'pair ::= string ":" value\nstring ::= "\\"" [^"\\\\]* "\\""'
+    ),
+    "statements": (
+        "root ::= statement*\n"
+        'statement ::= name "=" expr ";" | "if(" expr "){" statement* "}" ("else{" statement* "}")?\n'
+        'name ::= [a-z] [a-z0-9]*\nexpr ::= sum\nsum ::= term (("+" | "-") term)*\n'
+        'term ::= name | [0-9]+ | "-" term | "(" expr ")"'
+    ),
+    "list": 'root ::= item+\nitem ::= "- " [^\\r\\n]+ "\\n"',
+    "optional properties": (
+        'root ::= "{" ("a:" v)? ("b:" v)? ("c:" v)? "}"\nv ::= [0-9]+ | root | "[" (v ("," v)*)? "]"'
     ),
     "deep": "root ::= " + "(" * 32 + '"a"' + ")" * 32,
     "most repetitions": "root ::= [a-z]{0,1999}",
@@ -83,6 +94,11 @@ def _doubling(num_rules: int) -> str:
     return "\n".join(["root ::= r0", *rules, f'r{num_rules} ::= "a"'])
 
 
+def _nested_pairs(num_rules: int) -> str:
+    rules = [f'r{i} ::= "a" r{i + 1} "x" | "a" r{i + 1} "y"' for i in range(num_rules)]
+    return "\n".join(["root ::= r0", *rules, f'r{num_rules} ::= "a"'])
+
+
 BOMBS: dict[str, tuple[str, str]] = {
     "deep nesting": ("root ::= " + "(" * 8_000 + '"a"' + ")" * 8_000, "too_deep"),
     "120 KB of nesting": ("root ::= " + "(" * 60_000 + '"a"' + ")" * 60_000, "too_large"),
@@ -101,5 +117,16 @@ BOMBS: dict[str, tuple[str, str]] = {
         "\n".join(["root ::= r0", *(f"r{i} ::= r{i + 1}" for i in range(900)), "r900 ::= r0"]),
         "left_recursion",
     ),
+    "places doubled by brackets": (
+        'root ::= expr\nexpr ::= term | term "+" expr\nterm ::= "x" | "(" expr ")"',
+        "too_ambiguous",
+    ),
+    "places doubled by an item that may be missing": ('root ::= "(" root? root ")" | "x"', "too_ambiguous"),
+    "places doubled by an item that may go on": (
+        'root ::= p root "b" | "a" root "d" | "x"\np ::= "z" ("a" root "c")?\n',
+        "too_ambiguous",
+    ),
+    "places doubled by loops side by side": ('root ::= s* s* "."\ns ::= "(" root ")"', "too_ambiguous"),
+    "places doubled without recursion": (_nested_pairs(30), "too_ambiguous"),
     "brackets of classes": ("root ::= " + "[a" * 8_000, "syntax"),
 }

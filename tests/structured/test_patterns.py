@@ -22,7 +22,6 @@ PATTERNS = {
     "^(?:x{2,3}y*?)+$": ["xx", "xxxyyxx"],
     "^[^a-y]+$": ["z", "Z\"", "é\\"],
     "^[\\d\\-_.]{3}$": ["1-_", "..."],
-    "^[]-a]$|^[a-]$": [],
     "^\\D\\W\\S$": ["a!b", '"-c'],
     "^[^\\d]$": ["a"],
     "^\\x41\\u00e9\\.\\/\\t\\n$": ["Aé./\t\n"],
@@ -32,7 +31,6 @@ PATTERNS = {
     "^[A-Za-z][\\s]\\v?\\f?\\r?$": ["a ", "b\t"],
     "": [""],
 }  # fmt: skip
-PATTERNS.pop("^[]-a]$|^[a-]$")
 
 
 @pytest.mark.parametrize(("pattern", "texts"), PATTERNS.items())
@@ -50,9 +48,9 @@ def test_every_text_matches_and_known_ones_are_accepted(pattern: str, texts: lis
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(?=a)b", "(?!a)b", "(?<n>a)", "\\bword", "(a)\\1", "a**", "a{2}{3}", "a++", "(a", "a)", "[a", "[]", "a^b", "a$b",
-        "(^a)", "*a", "a{5,2}", "a{5000}", "\\p{L}", "\\", "[z-a]", "[\\d-z]", "\\ud800", "\\x4", "[^ -~\\d]", "a" * 600,
-        "(" * 20 + "a" + ")" * 20, "}", "(a{900}){900}", "\\cA",
+        "(?=a)b", "(?!a)b", "(?<n>a)", "\\bword", "(a)\\1", "a**", "a{2}{3}", "a++", "(a", "a)", "[a", "[]", "a^b",
+        "a$b", "(^a)", "*a", "a{5,2}", "a{5000}", "\\p{L}", "\\", "[z-a]", "[\\d-z]", "\\ud800", "\\x4", "[^ -~\\d]",
+        "a" * 600, "(" * 20 + "a" + ")" * 20, "}", "(a{900}){900}", "\\cA",
     ],
 )  # fmt: skip
 def test_what_is_outside_the_subset_is_refused(pattern: str) -> None:

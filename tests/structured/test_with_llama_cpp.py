@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import random
 import resource
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from tests.structured.test_tool_calls import TOOLS
 pytestmark = pytest.mark.model
 
 MAX_MEMORY = 3 * 2**30
+NUM_EDITED = int(os.environ.get("LLMSITE_FUZZ_GRAMMARS", "400"))
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +126,41 @@ def _is_let_through(grammar: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["120 KB of nesting", "bounds upside down", "2^40 ways to start"])
-def test_a_bomb_that_is_refused_would_kill_or_stall_llama_cpp(name: str, model_path: str, tmp_path: Path) -> None:
-    order = {"grammar": BOMBS[name][0], "texts": []}
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("120 KB of nesting", ""),
+        ("bounds upside down", ""),
+        ("2^40 ways to start", ""),
+        ("places doubled by brackets", "(" * 24 + "x" + ")" * 24),
+    ],
+)
+def test_a_bomb_that_is_refused_would_kill_or_stall_llama_cpp(
+    name: str, text: str, model_path: str, tmp_path: Path
+) -> None:
+    order = {"grammar": BOMBS[name][0], "texts": [text]}
     assert ask(model_path, [order], tmp_path / "answers", timeout=6) is None
+
+
+def test_edited_grammars_that_are_let_through_leave_llama_cpp_alive(model_path: str, tmp_path: Path) -> None:
+    chance = random.Random(19)
+    edited = [edit(chance.choice(list(FINE.values())), chance) for _ in range(NUM_EDITED)]
+    orders = [
+        {"grammar": grammar, "texts": ["", "a(1)", '{"a": [1]}']} for grammar in edited if _is_let_through(grammar)
+    ]
+    answers = ask(model_path, orders, tmp_path / "answers", timeout=120)
+    assert answers is not None
+    assert len(orders) > NUM_EDITED / 20
+    taken = [found["accepted"] for found in answers]
+    # A token's text that is no single token of this vocabulary is for llama.cpp to refuse.
+    assert all(ok or "<" in order["grammar"] for ok, order in zip(taken, orders, strict=True))
+
+
+def edit(grammar: str, chance: random.Random) -> str:
+    for _ in range(chance.randint(1, 3)):
+        at, length = chance.randrange(len(grammar) + 1), chance.randint(0, 3)
+        grammar = grammar[:at] + "".join(chance.choices('ab"()[]|*+?{}19,:= -^\\<>!.\n#', k=length)) + grammar[at + 1 :]
+    return grammar
 
 
 def test_a_grammar_cut_to_a_length_is_taken_too(model_path: str, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ class UsageView(AsyncAPIView):
     def get(self, request: Request) -> HttpResponse:
         principal = self.admit_to_view()
         remaining = self.request_rate.remaining if self.request_rate else None
+        settlement.catch_up()
         return json_response({**usage(principal, timezone.now()), "rpm_remaining": remaining})
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase
-from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 
@@ -29,6 +28,7 @@ from inference.api.native.schemas import (
     GenerateBatchBody,
     GenerateBatchReply,
     GenerateBody,
+    GenerateEvent,
     GenerateReply,
     SamplingBody,
 )
@@ -75,7 +75,7 @@ class GenerateView(GenerationView):
         summary="Generate text from a prompt",
         request=GenerateBody,
         parameters=[ALL_OR_NOTHING],
-        responses={200: GenerateReply, (200, "text/event-stream"): OpenApiTypes.STR, 402: ErrorReply, 504: ErrorReply},
+        responses={200: GenerateReply, (200, "text/event-stream"): GenerateEvent, 402: ErrorReply, 504: ErrorReply},
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(GenerateBody)

@@ -98,6 +98,7 @@ class Command(BaseCommand):
             peer_workers=options["peer_workers"],
         )
         study = gateway.run(wanted, scratch, self._say)
+        study.notes.extend(machine.busyness(described))
         shown = digest(study)
         tables.print_tables(self.terminal, study, shown)
         paths = report.write(options["out"], study, shown, described, now)

@@ -190,6 +190,7 @@ async def test_work_that_has_not_begun_is_not_begun_for_a_caller_that_has_gone()
     second = asyncio.ensure_future(hop.run(ran.set, abandon=ignore))
     await asyncio.sleep(0.01)
     second.cancel()
+    await asyncio.sleep(0.01)
     go_on.set()
     await first
     hop.close()
