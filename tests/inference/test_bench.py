@@ -11,6 +11,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from inference.bench import (
     page,
     peer,
     report,
+    site,
     tables,
 )
 from inference.bench.digest import digest
@@ -584,6 +586,63 @@ def test_an_environment_that_matches_the_lock_is_used_again(tmp_path: Path) -> N
     assert said == []
 
 
+STUB = """#!{python}
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+{body}
+"""
+
+
+def stub_peer(tmp_path: Path, body: str) -> Path:
+    """An environment whose `litellm` is a stand-in."""
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "lib/python3.11/site-packages/litellm-9.8.7.dist-info").mkdir(parents=True)
+    program = environment / "bin" / "litellm"
+    program.write_text(STUB.format(python=sys.executable, body=body))
+    program.chmod(0o755)
+    return environment
+
+
+def test_the_peer_is_started_with_a_key_of_its_own_and_stopped(tmp_path: Path) -> None:
+    environment = stub_peer(tmp_path, "http.server.HTTPServer(('127.0.0.1', port), Handler).serve_forever()")
+    with peer.running(environment, tmp_path, 1234, num_workers=2) as running:
+        assert running.version == "9.8.7"
+        assert running.master_key.startswith("sk-")
+        assert running.master_key not in repr(running)
+        assert "--num_workers 2" in running.command
+        assert str(tmp_path) not in running.command
+        assert children.answers_200(running.port, "/health/liveliness")
+        arms = gateway._peer_arms(gateway.Options(), running)
+        assert [arm.name for arm in arms] == ["litellm", "litellm_stream"]
+    assert footprint.tree(running.pid) == []
+    assert json.loads((tmp_path / "litellm.yaml").read_text())["model_list"]
+
+
+def test_a_peer_that_does_not_start_says_why(tmp_path: Path) -> None:
+    environment = stub_peer(tmp_path, "raise SystemExit('no such option')")
+    with (
+        pytest.raises(peer.PeerUnavailable, match="no such option"),
+        peer.running(environment, tmp_path, 1234, num_workers=1),
+    ):
+        raise AssertionError("it must not start")
+
+
+def test_a_run_goes_on_without_a_peer_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> Path:
+        raise peer.PeerUnavailable("no network")
+
+    monkeypatch.setattr(peer, "install", fail)
+    notes: list[str] = []
+    assert gateway._peer_environment(gateway.Options(), notes, lambda _: None) is None
+    assert notes == ["LiteLLM was not measured: no network"]
+
+
 def test_the_commands_numbers_are_bounded() -> None:
     assert clients_list("16,1,4") == (1, 4, 16)
     assert between(1, 5, int)("3") == 3
@@ -626,6 +685,21 @@ def test_the_command_measures_a_real_installation(tmp_path: Path, capsys: pytest
     assert {"web", "worker", "valkey"} <= points["llmsite", 4]["cpu_seconds"].keys()
     assert {path.name for path in tmp_path.iterdir()} == {"gateway.json", "gateway.md", "gateway.svg"}
     assert not {"web", "worker", "supervisor"} & {cost.name for cost in footprint.costs(os.getpid())}
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_the_batching_benchmark_reads_receipts_and_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fake engine in place of the model: the way is the same, the figures mean nothing."""
+    monkeypatch.setattr(batching, "running", lambda scratch, engine: site.running(scratch, engine="fake"))
+    monkeypatch.setattr(batching, "BatchOptions", partial(batching.BatchOptions, max_tokens=8))
+    call_command("bench", "--engine", "--rounds=1", f"--out={tmp_path}")
+    whole = json.loads((tmp_path / "batching.json").read_text())
+    assert whole["void"] is None
+    assert [run["num_tokens"] for run in whole["runs"]] == [64, 64]
+    assert all(len(run["batch_sizes"]) == 8 and min(run["batch_sizes"]) >= 1 for run in whole["runs"])
+    assert whole["metrics_batch_size"] >= 1
 
 
 def test_the_command_says_why_it_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
