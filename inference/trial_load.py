@@ -21,6 +21,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_OUTPUT_BYTES = 16 << 20
 TRIAL_CONTEXT = 256
 TRIAL_TOKENS = 8
+THREAD_STACK_BYTES = 1 << 20
 
 
 class Unfit(Exception):
@@ -28,6 +29,7 @@ class Unfit(Exception):
 
 
 def main() -> None:
+    start_again_with_small_stacks()
     question = json.load(sys.stdin)
     tie_to(question["parent"])
     limit(question["max_memory_bytes"], question["cpu_seconds"])
@@ -42,6 +44,15 @@ def main() -> None:
     answer.write(json.dumps(report))
     answer.flush()
     os._exit(0)  # nothing to tidy up, and no destructor that could crash after the answer
+
+
+def start_again_with_small_stacks() -> None:
+    """llama.cpp checks every tensor in a thread of its own, hundreds at once on a busy machine, and 8 MiB of address
+    space for each stack met the limit below. Their size is fixed when a process starts: so it starts once more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if sys.platform == "linux" and (soft == resource.RLIM_INFINITY or soft > THREAD_STACK_BYTES):
+        resource.setrlimit(resource.RLIMIT_STACK, (THREAD_STACK_BYTES, hard))
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def tie_to(parent: int) -> None:

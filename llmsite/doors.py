@@ -18,7 +18,7 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import Resolver404, ResolverMatch, get_resolver
 
-from llmsite.guard import App, Receive, Scope, Send
+from llmsite.guard import App, Receive, Scope, Send, Unreadable
 
 View = Callable[..., Awaitable[HttpResponseBase]]
 
