@@ -1,17 +1,21 @@
 """The SQL of periods, reservations and the ledger, in sets: a group of any size costs the same number of statements.
 
-Only quotas.py calls it, inside its transactions; nothing here begins, commits or decides. Written for SQLite 3.35 and
-PostgreSQL alike: both name the columns of a VALUES list column1, column2, and both have UPDATE ... FROM ... RETURNING.
+Only quotas.py calls it, inside its transactions; nothing here begins, commits or decides. Statements are text, kept by
+their size: the ORM takes longer to write one than the database to run it. For SQLite 3.35 and PostgreSQL alike: both
+name the columns of a VALUES list column1, column2, and both have UPDATE ... FROM ... RETURNING.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import cache, lru_cache
 from itertools import chain
+from operator import attrgetter
+from typing import Any
 
-from django.db import connection
+from django.db import connection, models
 from django.db.models import Max, Q
 
 from accounts import periods
@@ -43,6 +47,16 @@ COLUMNS = (
     "used_requests",
     "reserved_requests",
 )
+ROWS_PER_STATEMENT = 200
+PLAIN_FIELDS = (
+    models.CharField,
+    models.IntegerField,
+    models.FloatField,
+    models.BooleanField,
+    models.DateTimeField,
+    models.ForeignKey,
+)
+"""Kinds of columns whose values the database's driver takes as they are, times but for their form."""
 
 
 class CountersMoved(Exception):
@@ -122,17 +136,41 @@ def _read(wanted: Iterable[Moment], ids: Iterable[int]) -> Balances:
     for owner, moment in wanted:
         moments.setdefault(owner, []).append(moment)
     times = [moment for each in moments.values() for moment in each]
-    condition = Q(_of_owners(moments), starts_at__lte=max(times), ends_at__gt=min(times))
-    ids = set(ids)
-    if ids:
-        condition |= Q(id__in=ids)
+    tenants = [tenant_id for tenant_id, key_id in moments if key_id is None]
+    keys = [key_id for _, key_id in moments if key_id is not None]
+    others = list(ids)
+    bounds = [connection.ops.adapt_datetimefield_value(moment) for moment in (max(times), min(times))]
     found = Balances()
-    rows = QuotaPeriod.objects.select_for_update(no_key=True).filter(condition).order_by("id").values_list(*COLUMNS)
+    with connection.cursor() as cursor:
+        statement = _select_periods(len(keys), len(tenants), len(others), connection.features.has_select_for_update)
+        cursor.execute(statement, [*keys, *tenants, *bounds, *others])
+        rows = cursor.fetchall()
     for tenant_id, key_id, starts_at, ends_at, *counters in rows:
-        owner = (tenant_id, key_id)
+        owner, starts_at, ends_at = (tenant_id, key_id), _in_utc(starts_at), _in_utc(ends_at)
         inside = [(owner, moment) for moment in moments.get(owner, ()) if starts_at <= moment < ends_at]
         found.add(Balance(counters[0], "tenant" if key_id is None else "key", ends_at, *counters[1:]), inside)
     return found
+
+
+@lru_cache(maxsize=256)
+def _select_periods(num_keys: int, num_tenants: int, num_ids: int, locks: bool) -> str:
+    """Its parameters: keys, tenants, latest and earliest moment, ids."""
+    return (
+        f"SELECT {', '.join(COLUMNS)} FROM {PERIODS} WHERE (key_id IN {_places(num_keys)}"
+        f" OR (key_id IS NULL AND tenant_id IN {_places(num_tenants)})) AND starts_at <= %s AND ends_at > %s"
+        + (f" OR id IN {_places(num_ids)}" if num_ids else "")
+        + f" ORDER BY id{' FOR NO KEY UPDATE' if locks else ''}"
+    )
+
+
+def _places(number: int) -> str:
+    """The right side of IN; of nothing, NULL, which nothing equals."""
+    return f"({', '.join(['%s'] * number) or 'NULL'})"
+
+
+def _in_utc(moment: datetime) -> datetime:
+    """SQLite keeps moments in UTC without saying so."""
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _of_owners(owner_ids: Iterable[OwnerId]) -> Q:
@@ -168,30 +206,32 @@ def move(movements: dict[int, Movement]) -> None:
     """Adds to the counters of many periods in one conditional UPDATE. Raises CountersMoved where a limit forbids it."""
     if not movements:
         return
+    values: list[int | None] = []
+    for period_id, movement in sorted(movements.items()):
+        values += (period_id, *_counters(movement), movement.token_limit, movement.request_limit)
+    with connection.cursor() as cursor:
+        cursor.execute(_update_periods(len(movements)), values)
+        if cursor.rowcount != len(movements):
+            raise CountersMoved(f"{cursor.rowcount} of {len(movements)} periods had the counters that were read")
+
+
+_counters = attrgetter(*COUNTERS)
+
+
+@lru_cache(maxsize=256)
+def _update_periods(number: int) -> str:
+    """For each period: its id, the movements of COUNTERS, token limit and request limit."""
     casts = ", ".join(["CAST(%s AS BIGINT)"] * (len(COUNTERS) + 3))
-    adds = ", ".join(f"{name} = p.{name} + v.column{number}" for number, name in enumerate(COUNTERS, start=2))
+    adds = ", ".join(f"{name} = p.{name} + v.column{place}" for place, name in enumerate(COUNTERS, start=2))
     token_limit, request_limit = len(COUNTERS) + 2, len(COUNTERS) + 3
-    statement = f"""
-        UPDATE {PERIODS} AS p SET {adds} FROM (VALUES {", ".join([f"({casts})"] * len(movements))}) AS v
+    return f"""
+        UPDATE {PERIODS} AS p SET {adds} FROM (VALUES {", ".join([f"({casts})"] * number)}) AS v
         WHERE p.id = v.column1
         AND (v.column{token_limit} IS NULL
              OR p.used_tokens + p.reserved_tokens + v.column2 + v.column3 <= v.column{token_limit})
         AND (v.column{request_limit} IS NULL
              OR p.used_requests + p.reserved_requests + v.column4 + v.column5 <= v.column{request_limit})
     """
-    values = [
-        (
-            period_id,
-            *(getattr(movement, name) for name in COUNTERS),
-            movement.token_limit,
-            movement.request_limit,
-        )
-        for period_id, movement in sorted(movements.items())
-    ]
-    with connection.cursor() as cursor:
-        cursor.execute(statement, list(chain.from_iterable(values)))
-        if cursor.rowcount != len(movements):
-            raise CountersMoved(f"{cursor.rowcount} of {len(movements)} periods had the counters that were read")
 
 
 def lock_periods(period_ids: Iterable[int]) -> None:
@@ -216,19 +256,71 @@ def close_reservations(states: dict[str, str]) -> dict[str, Closed]:
     ids = sorted(states)
     if len(ids) > 1:
         _lock(RESERVATIONS, "request_id", ids)
-    statement = f"""
-        UPDATE {RESERVATIONS} SET state = v.column2 FROM (VALUES {", ".join(["(%s, %s)"] * len(ids))}) AS v
-        WHERE request_id = v.column1 AND state = %s
-        RETURNING request_id, tokens, tenant_period_id, key_period_id
-    """
     parameters = [*chain.from_iterable((request_id, states[request_id]) for request_id in ids), Reservation.State.OPEN]
     with connection.cursor() as cursor:
-        cursor.execute(statement, parameters)
+        cursor.execute(_update_reservations(len(ids)), parameters)
         return {row[0]: Closed(*row) for row in cursor.fetchall()}
 
 
+@lru_cache(maxsize=256)
+def _update_reservations(number: int) -> str:
+    """For each reservation its id and new state, then the state that they must have."""
+    return f"""
+        UPDATE {RESERVATIONS} SET state = v.column2 FROM (VALUES {", ".join(["(%s, %s)"] * number)}) AS v
+        WHERE request_id = v.column1 AND state = %s
+        RETURNING request_id, tokens, tenant_period_id, key_period_id
+    """
+
+
 def write(reservations: list[Reservation], entries: list[LedgerEntry]) -> None:
-    if reservations:
-        Reservation.objects.bulk_create(reservations)
-    if entries:
-        LedgerEntry.objects.bulk_create(entries)
+    insert(Reservation, reservations)
+    insert(LedgerEntry, entries)
+
+
+def insert(model: type[models.Model], rows: Sequence[models.Model], *, ignore_conflicts: bool = False) -> None:
+    """What `bulk_create` does, without compiling the same statement for each group; rows do not learn their ids.
+
+    With ignore_conflicts rows that are there already are left as they are.
+    """
+    form = _form(model)
+    times, adapt = form.times, connection.ops.adapt_datetimefield_value
+    for start in range(0, len(rows), ROWS_PER_STATEMENT):
+        part = rows[start : start + ROWS_PER_STATEMENT]
+        parameters: list[Any] = []
+        for row in part:
+            values = list(form.values(row))
+            for place in times:
+                values[place] = adapt(values[place])
+            parameters += values
+        with connection.cursor() as cursor:
+            cursor.execute(_insert_statement(form, len(part), ignore_conflicts), parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How rows of a table are written: their columns but for an id that the database makes, and which are times."""
+
+    table: str
+    columns: tuple[str, ...]
+    values: Callable[[models.Model], tuple[Any, ...]]
+    times: tuple[int, ...]
+
+
+@cache
+def _form(model: type[models.Model]) -> _Form:
+    """Raises TypeError for a column whose values would have to be converted."""
+    fields = [field for field in model._meta.concrete_fields if not isinstance(field, models.AutoField)]
+    for field in fields:
+        if not isinstance(field, PLAIN_FIELDS):
+            raise TypeError(f"{field} cannot be written as it is")
+    columns = tuple(str(field.column) for field in fields)
+    times = tuple(place for place, field in enumerate(fields) if isinstance(field, models.DateTimeField))
+    return _Form(model._meta.db_table, columns, attrgetter(*(field.attname for field in fields)), times)
+
+
+@lru_cache(maxsize=512)
+def _insert_statement(form: _Form, number: int, ignore_conflicts: bool) -> str:
+    row = f"({', '.join(['%s'] * len(form.columns))})"
+    names = ", ".join(f'"{name}"' for name in form.columns)
+    end = " ON CONFLICT DO NOTHING" if ignore_conflicts else ""
+    return f"INSERT INTO {form.table} ({names}) VALUES {', '.join([row] * number)}{end}"

@@ -411,7 +411,7 @@ def _insert_records(orders: Sequence[CloseOrder | ChargeOrder]) -> None:
         for record in order.records:
             by_model[type(record)].append(record)
     for model, records in by_model.items():
-        model._default_manager.bulk_create(records, ignore_conflicts=True)
+        quota_rows.insert(model, records, ignore_conflicts=True)
 
 
 def _repeated(work: _Work) -> _Done | None:

@@ -258,6 +258,11 @@ def leave(tenant_id: int, quota_key_id: int, request_id: str, *, unused_tokens: 
     return bool(left)
 
 
+def leave_command(tenant_id: int, quota_key_id: int, request_id: str, unused_tokens: int) -> list[Any]:
+    """`leave` as a command for a pipeline of the caller's. EVAL: a server that was restarted knows no hashes."""
+    return ["EVAL", _script("leave").script, 4, *_keys(tenant_id, quota_key_id), request_id, unused_tokens]
+
+
 def running(tenant_id: int) -> int:
     """Requests of the tenant that have a place now; 0 without Redis."""
     try:

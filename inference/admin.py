@@ -20,7 +20,10 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
 from unfold.contrib.filters.admin import AutocompleteSelectFilter
+from unfold.decorators import display
+from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget, UnfoldBooleanWidget
 
+from accounts import console
 from accounts.admin import ReadOnlyAdmin
 from inference import queue, registry
 from inference.inspection import RegistrationError
@@ -47,6 +50,19 @@ FACTS = (
     ("eos_token_id", "EOS token"),
 )
 
+TONES = {
+    "loaded": "success",
+    "loading": "info",
+    "retiring": "info",
+    "unloaded": "",
+    "off": "",
+    "missing": "warning",
+    "failed": "danger",
+    "unknown": "danger",
+}
+"""Colour of a state in the list, by its first word."""
+MOST_SHOWN = 40
+"""Characters of a worker's state that a list has room for."""
 
 # Live state
 
@@ -85,12 +101,59 @@ def states_or_reason() -> tuple[Mapping[int, str], str | None]:
 # Served models
 
 
+class NamesField(forms.CharField):
+    """A list of names, written with commas between them."""
+
+    def prepare_value(self, value: Any) -> Any:
+        return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+    def to_python(self, value: Any) -> Any:
+        names = value if isinstance(value, list) else str(value or "").split(",")
+        return [name.strip() for name in names if str(name).strip()]
+
+    def has_changed(self, initial: Any, data: Any) -> bool:
+        return bool(self.to_python(initial) != self.to_python(data))
+
+
 class ServedModelForm(ServedModelFormBase):
     """Inspects the file when its path is new; everything that is wrong with it is an error of the field `path`."""
 
-    inspect_again = forms.BooleanField(
-        required=False, label="Inspect the file again", help_text="After it was replaced under the same path."
+    aliases = NamesField(
+        required=False,
+        widget=UnfoldAdminTextInputWidget,
+        help_text="Other names that requests may use, separated by commas, such as chat, default-chat.",
     )
+    inspect_again = forms.BooleanField(
+        required=False,
+        label="Inspect the file again",
+        help_text="After it was replaced under the same path.",
+        widget=UnfoldBooleanWidget,
+    )
+
+    class Meta:
+        model = ServedModel
+        fields = "__all__"
+        labels = {
+            "path": "Path of the file",
+            "n_ctx": "Context of one slot",
+            "n_slots": "Slots",
+            "n_threads": "Threads",
+            "n_gpu_layers": "Layers on the GPU",
+            "kv_type": "Type of the key-value cache",
+            "load_mode": "Load it",
+            "keep_alive_seconds": "Unload after idle seconds",
+            "pool": "Pool of workers",
+        }
+        help_texts = {
+            "name": "What tenants write into `model`.",
+            "path": "GGUF file on the worker's disk. It is read, hashed and loaded for a trial when you save.",
+            "n_gpu_layers": "0: none. -1: all.",
+            "kv_type": "q8_0 and q4_0 need less memory and are less exact.",
+            "keep_alive_seconds": "Empty: never.",
+            "granted_tenants": "Counts where only granted tenants may use the model.",
+            "notes": "For operators; tenants do not see them.",
+        }
+        widgets = {"notes": UnfoldAdminTextareaWidget(attrs={"rows": 3})}
 
     def clean(self) -> dict[str, Any] | None:
         cleaned = super().clean()
@@ -119,21 +182,24 @@ class ServedModelAdmin(ModelAdmin):
     list_display = (
         "name",
         "is_default",
-        "worker_state",
-        "file_type",
+        "worker_label",
         "slots",
+        "file_type",
         "memory",
-        "load_mode",
+        "loading",
         "visibility",
         "pool",
+        "see",
     )
     list_filter = ("load_mode", "visibility", "pool")
+    list_filter_submit = True
     search_fields = ("name",)
     autocomplete_fields = ("granted_tenants",)
     readonly_fields = (
         "is_default",
         "worker_state",
         "memory_in_detail",
+        "see",
         "digest",
         "size",
         "facts",
@@ -144,6 +210,7 @@ class ServedModelAdmin(ModelAdmin):
     actions = ("make_default", "load_eagerly", "load_on_request", "switch_off")
     fieldsets = (
         (None, {"fields": ("name", "aliases", "path", "inspect_again", "is_default", "notes")}),
+        ("Now", {"fields": ("worker_state", "memory_in_detail", "see")}),
         ("Who may use it", {"fields": ("visibility", "granted_tenants")}),
         (
             "How it is served",
@@ -153,16 +220,14 @@ class ServedModelAdmin(ModelAdmin):
                     ("n_threads", "n_gpu_layers"),
                     ("kv_type", "pool"),
                     ("load_mode", "keep_alive_seconds"),
-                    "capabilities",
                 )
             },
         ),
-        ("Now", {"fields": ("worker_state", "memory_in_detail")}),
         ("The file", {"fields": ("digest", "size", "facts", "chat_template", ("created_at", "updated_at"))}),
     )
     fields_for_registration = (
         (None, {"fields": ("name", "path", "aliases", "notes")}),
-        *fieldsets[1:3],
+        *fieldsets[2:4],
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: ServedModel | None = None) -> Any:
@@ -186,13 +251,34 @@ class ServedModelAdmin(ModelAdmin):
             known = reason or live_state(row, states)
         return known
 
+    @display(
+        description="Worker",
+        label=TONES,
+    )
+    def worker_label(self, row: ServedModel) -> tuple[str, str]:
+        """The first word of the state chooses the colour; the page of the model has the whole of it."""
+        state = self.worker_state(row)
+        first = "missing" if state.startswith("no worker") else state.split(maxsplit=1)[0].rstrip(":")
+        _, _, slots = state.partition(", ")
+        if first == "loaded":
+            return first, f"{first}, {slots}"
+        return first, state if len(state) <= MOST_SHOWN else first
+
+    @admin.display(description="Loaded", ordering="load_mode")
+    def loading(self, row: ServedModel) -> str:
+        return row.get_load_mode_display()
+
+    @admin.display(description="Look at")
+    def see(self, row: ServedModel) -> SafeString:
+        return console.link(console.listing("inference_receipt", model=row.name), "Receipts")
+
     @admin.display(description="File type")
     def file_type(self, row: ServedModel) -> str:
         return str(row.metadata.get("quantization", ""))
 
     @admin.display(description="Slots × context")
     def slots(self, row: ServedModel) -> str:
-        return f"{row.n_slots} × {row.n_ctx}"
+        return f"{row.n_slots} × {row.n_ctx:,}"
 
     @admin.display(description="Size of the file")
     def size(self, row: ServedModel) -> str:
@@ -212,13 +298,15 @@ class ServedModelAdmin(ModelAdmin):
 
     @admin.display(description="What the file says")
     def facts(self, row: ServedModel) -> SafeString:
-        known = [(label, row.metadata[name]) for name, label in FACTS if row.metadata.get(name) not in (None, "")]
-        return format_html_join("", "<div><strong>{}</strong>: {}</div>", known)
+        known = [
+            (label, _fact(row.metadata[name])) for name, label in FACTS if row.metadata.get(name) not in (None, "")
+        ]
+        return format_html('<dl class="console-facts">{}</dl>', format_html_join("", "<dt>{}</dt><dd>{}</dd>", known))
 
     @admin.display(description="Chat template")
     def chat_template(self, row: ServedModel) -> SafeString | str:
         template = row.metadata.get("chat_template")
-        return format_html('<pre style="white-space: pre-wrap">{}</pre>', template) if template else "none"
+        return format_html('<pre class="console-template">{}</pre>', template) if template else "none"
 
     # What they change
 
@@ -268,6 +356,10 @@ def _estimate(row: ServedModel) -> registry.MemoryEstimate:
     return registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
 
 
+def _fact(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
@@ -293,27 +385,108 @@ class ReceiptAdmin(ReadOnlyAdmin):
     """Nothing here is ever changed or added by hand."""
 
     list_display = (
-        "request_id",
-        "created_at",
-        "tenant",
+        "created",
+        "customer",
+        "of_key",
         "model",
-        "status",
-        "finish_reason",
-        "prompt_tokens",
-        "completion_tokens",
+        "outcome",
+        "tokens",
+        "first_token",
+        "total",
         "batch",
-        "total_seconds",
+        "request_code",
     )
-    list_select_related = ("tenant",)
-    list_filter = ("status", ModelNameFilter, ("tenant", AutocompleteSelectFilter))
+    list_select_related = ("tenant", "key")
+    list_filter = ("status", ModelNameFilter, ("tenant", AutocompleteSelectFilter), ("key", AutocompleteSelectFilter))
     search_fields = ("request_id__exact",)
-    search_help_text = "The whole id of a request."
+    search_help_text = "The whole id of a request"
     list_per_page = 50
     ordering = ("-created_at",)
+    readonly_fields = ("ending", "waited", "prefill", "decoding", "total", "batch", "ledger")
+    fieldsets = (
+        (None, {"fields": ("request_id", "tenant", "key", "model", "route", "ending", "ledger")}),
+        (
+            "Tokens",
+            {
+                "fields": (
+                    ("prompt_tokens", "completion_tokens"),
+                    ("cached_tokens", "charged_tokens"),
+                    ("drafted_tokens", "accepted_tokens"),
+                    "cached",
+                )
+            },
+        ),
+        (
+            "Time",
+            {
+                "fields": (
+                    ("created_at", "finished_at"),
+                    ("waited", "prefill"),
+                    ("decoding", "total"),
+                    ("num_steps", "batch"),
+                )
+            },
+        ),
+        ("Made by", {"fields": ("worker", "seed", "model_digest", "parent_id")}),
+    )
 
-    @admin.display(description="Batch")
+    @admin.display(description="Admitted (UTC)")
+    def created(self, row: Receipt) -> SafeString:
+        return console.clock(row.created_at)
+
+    @admin.display(description="Tenant")
+    def customer(self, row: Receipt) -> str:
+        return row.tenant.name
+
+    @admin.display(description="Key")
+    def of_key(self, row: Receipt) -> str:
+        return row.key.name
+
+    @display(description="Outcome", label={"completed": "success", "cancelled": "warning", "failed": "danger"})
+    def outcome(self, row: Receipt) -> tuple[str, str]:
+        return row.status, self.ending(row)
+
+    @admin.display(description="Outcome")
+    def ending(self, row: Receipt) -> str:
+        reason = row.error_code or row.finish_reason
+        return f"{row.get_status_display()}: {reason}" if reason else row.get_status_display()
+
+    @admin.display(description="Tokens in + out")
+    def tokens(self, row: Receipt) -> SafeString:
+        text = f"{row.prompt_tokens:,} + {row.completion_tokens:,}"
+        return format_html('<span class="console-nowrap">{}</span>', text)
+
+    @admin.display(description="First token")
+    def first_token(self, row: Receipt) -> str:
+        return "from cache" if row.cached else console.seconds(row.queue_seconds + row.prefill_seconds)
+
+    @admin.display(description="Waited for a slot")
+    def waited(self, row: Receipt) -> str:
+        return console.seconds(row.queue_seconds)
+
+    @admin.display(description="Prompt")
+    def prefill(self, row: Receipt) -> str:
+        return console.seconds(row.prefill_seconds)
+
+    @admin.display(description="Output")
+    def decoding(self, row: Receipt) -> str:
+        return console.seconds(row.decode_seconds)
+
+    @admin.display(description="Total")
+    def total(self, row: Receipt) -> str:
+        return console.seconds(row.total_seconds)
+
+    @admin.display(description="Mean batch")
     def batch(self, row: Receipt) -> str:
         return f"{row.mean_batch_size:.1f}"
+
+    @admin.display(description="Request")
+    def request_code(self, row: Receipt) -> SafeString:
+        return console.short_id(row.request_id)
+
+    @admin.display(description="Ledger")
+    def ledger(self, row: Receipt) -> SafeString:
+        return console.link(console.listing("accounts_ledgerentry", q=row.request_id), "Entries of this request")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Receipt]:
         rows: QuerySet[Receipt] = super().get_queryset(request)

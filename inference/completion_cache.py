@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import orjson
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_VALUE_BYTES = 64 * 1024
 MAX_ENTRIES_PER_TENANT = 2000
+_sampling_values = attrgetter(*(item.name for item in fields(SamplingParams)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ def key(
     max_output: int | None,
 ) -> str:
     """Everything that the answer depends on, as one hash. A text and its own tokens are two keys: that costs a miss."""
-    parts = [model_digest, adapters, prompt, max_tokens, astuple(sampling), stop, n_ctx, max_output]
+    parts = [model_digest, adapters, prompt, max_tokens, _sampling_values(sampling), stop, n_ctx, max_output]
     return f"{tenant_id}:{hashlib.sha256(orjson.dumps(parts)).hexdigest()}"
 
 

@@ -80,11 +80,14 @@ class StreamEvent:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The last event of a sequence, what settlement needs, and a Redis command that must be done before both."""
+    """The last event of a sequence, what settlement needs, and Redis commands that must be done before both.
+
+    The commands may be sent more than once.
+    """
 
     final: bytes
     outcome: bytes
-    before: Sequence[Any] | None = None
+    before: Sequence[Sequence[Any]] = ()
 
 
 @dataclass(slots=True)
@@ -245,8 +248,9 @@ class StreamWriter:
         places = []
         for item in due:
             arguments = item.pack()
-            if item.ends_in_flight and item.end is not None and item.end.before:
-                pipe.execute_command(*item.end.before)  # type: ignore[no-untyped-call]
+            if item.ends_in_flight and item.end is not None:
+                for command in item.end.before:
+                    pipe.execute_command(*command)  # type: ignore[no-untyped-call]
             places.append(len(pipe))
             pipe.evalsha(self._script.sha, 2, item.ticket_key, item.key, *arguments)
         all_replies = pipe.execute(raise_on_error=False)
@@ -295,6 +299,9 @@ def end_claimed(client: redis.Redis, lease: Lease, final: bytes, outcome: bytes)
 QUEUE_SIZE = 1024
 BLOCK_SECONDS = 5.0
 WATCH_SECONDS = 2.0
+MANY_STREAMS = 8
+GATHER_SECONDS = 0.003
+"""Where many streams are read, one read brings what came in so long, and nobody has to wake the reader meanwhile."""
 
 
 class SlowFollower(Exception):
@@ -438,6 +445,8 @@ class StreamReader:
                         await self._changed.wait()
                     await self._read(connection)
                     backoff = 0.05
+                    if len(self._streams) >= MANY_STREAMS:
+                        await asyncio.sleep(GATHER_SECONDS)
             except Exception as error:  # noqa: BLE001 - logged; this task must outlive whatever comes: all streams hang on it
                 logger.warning("the stream reader connects again: %r", error)
                 await asyncio.sleep(backoff)

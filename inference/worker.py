@@ -97,6 +97,7 @@ class WorkerHost:
         self._cancelled_early: dict[str, float] = {}
         self._stopping = threading.Event()
         self._gone = threading.Event()
+        self._has_news = threading.Event()
         self._settler = Settler(client)
         self._writer = StreamWriter(client, on_end=self._on_end, on_fenced=self._cancel)
         self._engine_metrics = worker_metrics.EngineMetrics()
@@ -142,6 +143,7 @@ class WorkerHost:
             logger.error("not every event could be written before the end")
         self._settler.stop(2.0)
         self._gone.set()
+        self._has_news.set()
         try:
             self.queue.sign_off(self.worker_id, self.pool)
         except redis.RedisError as error:
@@ -166,6 +168,7 @@ class WorkerHost:
             model.load()
         except EngineError:
             logger.warning("the worker goes on without %s", model.served.name)
+        self._has_news.set()
 
     # Serving, on task threads
 
@@ -238,10 +241,9 @@ class WorkerHost:
         ticket, now = live.lease.ticket, time.time()
         outcome = outcome_of(ticket, finished, worker=self.worker_id, now=now, leased_at=live.leased_at)
         unused = max(0, ticket.entered_tokens - outcome.charged_tokens)
-        throttling.leave(ticket.tenant_id, ticket.quota_key_id, ticket.request_id, unused_tokens=unused)
-        before = None
+        before = [throttling.leave_command(ticket.tenant_id, ticket.quota_key_id, ticket.request_id, unused)]
         if live.output is not None and (completion := completion_of(ticket, finished, "".join(live.output))):
-            before = self._cache.put_command(ticket.cache_key or "", completion)
+            before += filter(None, [self._cache.put_command(ticket.cache_key or "", completion)])
         self._ended[ticket.request_id] = ticket, outcome
         self._writer.finish(
             ticket.request_id, End(encode_finished(finished, self.worker_id), outcome.to_bytes(), before)
@@ -308,7 +310,8 @@ class WorkerHost:
                 logger.warning("the heartbeat waits for Redis: %s", error)
             except Exception:
                 logger.exception("a heartbeat failed")
-            self._gone.wait(BEAT_SECONDS)
+            self._has_news.wait(BEAT_SECONDS)
+            self._has_news.clear()
 
     def _info(self) -> dict[str, Any]:
         return {

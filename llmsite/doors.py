@@ -9,6 +9,7 @@ must not use it.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from io import BytesIO
@@ -19,6 +20,8 @@ from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import Resolver404, ResolverMatch, get_resolver
 
 from llmsite.guard import App, Receive, Scope, Send, Unreadable
+
+logger = logging.getLogger(__name__)
 
 View = Callable[..., Awaitable[HttpResponseBase]]
 
@@ -54,7 +57,16 @@ class ApiDoor:
         finally:
             listener.cancel()
             if response is not None:
-                response.close()
+                _close(response)
+
+
+def _close(response: HttpResponseBase) -> None:
+    """What the response holds. Its own `close` would also tell Django's receivers, none of whom knows this door."""
+    for closer in response._resource_closers:  # type: ignore[attr-defined]
+        try:
+            closer()
+        except Exception:
+            logger.exception("a response could not be closed")
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -21,6 +21,7 @@ import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from llmsite.config import get_config
+from llmsite.logs import log_request
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -185,15 +186,16 @@ class Exchange:
 
     def write_log_line(self) -> None:
         client = self.scope.get("client")
-        log.info(
-            "request",
-            request_id=self.request_id,
-            method=self.scope["method"],
-            path=self.scope["path"],
-            status_code=self.status or STATUS_CLIENT_GONE,
-            latency_ms=round((time.perf_counter() - self.started_at) * 1000, 2),
-            client_ip=client[0] if client else "",
-            **self.fields,
+        log_request(
+            {
+                "request_id": self.request_id,
+                "method": self.scope["method"],
+                "path": self.scope["path"],
+                "status_code": self.status or STATUS_CLIENT_GONE,
+                "latency_ms": round((time.perf_counter() - self.started_at) * 1000, 2),
+                "client_ip": client[0] if client else "",
+                **self.fields,
+            }
         )
 
 

@@ -180,4 +180,16 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = CONFIG.max_body_bytes
 LOGGING_CONFIG = "logging.config.dictConfig"
 LOGGING = logging_config(CONFIG.log_level, CONFIG.log_format)
 
-UNFOLD = {"SITE_TITLE": "llmsite", "SITE_HEADER": "llmsite", "SITE_SYMBOL": "token"}
+FORMAT_MODULE_PATH = "llmsite.formats"
+LOGIN_REDIRECT_URL = "admin:index"  # whoever opens the sign-in page itself; else the page that was asked for
+UNFOLD = {
+    "SITE_TITLE": "llmsite",
+    "SITE_HEADER": "llmsite",
+    "SITE_SUBHEADER": "Operator console",
+    "SITE_SYMBOL": "token",
+    "SITE_URL": "/docs/",
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": "llmsite.navigation.favicon"}],
+    "STYLES": ["llmsite.navigation.stylesheet"],
+    "SIDEBAR": {"navigation": "llmsite.navigation.sidebar"},
+    "DASHBOARD_CALLBACK": "llmsite.dashboard.callback",
+}

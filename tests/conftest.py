@@ -76,6 +76,8 @@ def valkey_server() -> Iterator[None]:
         embedded_valkey.wait_until_it_answers(VALKEY, lambda: server.poll() is None)
         yield
     finally:
+        if principals := sys.modules.get("accounts.principals"):
+            principals.WATCHER.stop()
         server.terminate()
         try:
             server.wait(timeout=5)

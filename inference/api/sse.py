@@ -62,6 +62,7 @@ class EventStream(StreamingHttpResponse):
         self._abandon = abandon
         self.parts = self._watched()
         super().__init__(self.parts, content_type="text/event-stream", headers=HEADERS)
+        self._resource_closers.append(self._end)  # type: ignore[attr-defined]
 
     async def _watched(self) -> AsyncGenerator[bytes]:
         async with aclosing(self.frames) as frames:
@@ -69,12 +70,11 @@ class EventStream(StreamingHttpResponse):
                 yield part
         self.is_finished = True
 
-    def close(self) -> None:
-        """Called by whoever sends the response, also when it never got to the first frame."""
+    def _end(self) -> None:
+        """Called by whoever closes the response, also when it never got to the first frame."""
         if not self.is_finished:
             self.is_finished = True
             self._abandon()
         on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()
-        super().close()

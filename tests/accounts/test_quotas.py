@@ -13,7 +13,7 @@ from django.test.utils import CaptureQueriesContext
 
 from accounts import issuing, quota_rows, quotas
 from accounts.limits import Limits
-from accounts.models import LedgerEntry, Membership, Plan, QuotaPeriod, Reservation
+from accounts.models import LedgerEntry, Membership, Plan, QuotaPeriod, Reservation, Tenant
 from accounts.quotas import Held, ReleaseOrder
 from accounts.refusals import Refusal
 from tests.accounts.quota_cast import (
@@ -344,6 +344,23 @@ def test_in_a_transaction_of_the_caller_nothing_is_tried_again(cast: Cast, monke
         broken.setattr(quota_rows, "read_balances", locked)
         with pytest.raises(OperationalError), transaction.atomic():
             quotas.reserve(reserve_order(cast.alice))
+
+
+def test_rows_of_many_statements_are_written_once_each(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota_rows, "ROWS_PER_STATEMENT", 2)
+    orders = [reserve_order(cast.alice, 1, 1) for _ in range(5)]
+    quotas.reserve_many(orders)
+    rows = Reservation.objects.filter(request_id__in=[order.request_id for order in orders])
+    assert rows.count() == 5
+    assert {row.created_at for row in rows} == {order.now for order in orders}
+    quota_rows.insert(Reservation, list(rows), ignore_conflicts=True)
+    with pytest.raises(IntegrityError), transaction.atomic():
+        quota_rows.insert(Reservation, list(rows))
+
+
+def test_a_column_that_would_have_to_be_converted_is_refused() -> None:
+    with pytest.raises(TypeError, match="limit_overrides"):
+        quota_rows.insert(Tenant, [Tenant(name="Alice's")])
 
 
 def test_counters_that_moved_are_found_by_the_update(cast: Cast) -> None:

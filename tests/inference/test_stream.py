@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -65,7 +65,7 @@ def desk(valkey: Any) -> Any:
     made.writer.stop(2)
 
 
-def end_of(lease: Lease, before: list[Any] | None = None) -> End:
+def end_of(lease: Lease, before: Sequence[Any] = ()) -> End:
     request_id = lease.ticket.request_id
     finished = Finished(request_id, FinishReason.LENGTH, Receipt(prompt_tokens=10, completion_tokens=2))
     return End(encode_finished(finished, "w1"), b'{"status":"completed"}', before)
@@ -151,7 +151,7 @@ def test_the_end_files_the_outcome_and_frees_the_lease(desk: Desk) -> None:
 
 def test_a_command_before_the_end_goes_in_the_same_round_trip(desk: Desk) -> None:
     lease = desk.lease()
-    desk.writer.finish(lease.ticket.request_id, end_of(lease, ["SET", "before", "1"]))
+    desk.writer.finish(lease.ticket.request_id, end_of(lease, [["SET", "before", "1"]]))
     desk.writer.start()
     wait_for(lambda: desk.ends)
     assert desk.client.get("before") == b"1"

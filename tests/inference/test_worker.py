@@ -224,6 +224,14 @@ def test_cancelling_a_running_request_frees_its_slot_and_charges_what_was_comput
     assert sum(event.get("n", 0) for event in events(valkey, sent.request_id)) <= generated
 
 
+def test_a_worker_tells_at_once_that_its_models_are_loaded(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "BEAT_SECONDS", 60.0)
+    with worker(valkey):
+        wait_for(lambda: [info for info in ticket_queue().workers() if info.info["models"][0]["state"] == "ready"])
+
+
 def test_a_cancel_that_was_published_into_the_void_comes_with_the_heartbeat(
     alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_written_leaves_no_tenants(file: Path, monkeypatch
 def test_what_an_operator_changed_on_the_model_stays(file: Path) -> None:
     demo.make_demo(file, BASE_URL)
     row = ServedModel.objects.get()
-    assert (row.n_slots, row.n_ctx, row.aliases) == (8, 2048, ["smollm2-135m-instruct", "default"])
+    assert (row.n_slots, row.n_ctx, row.aliases) == (8, 1536, ["smollm2-135m-instruct", "default"])
     ServedModel.objects.update(n_slots=2)
     demo.make_demo(file, BASE_URL)
     assert ServedModel.objects.get().n_slots == 2

@@ -1,0 +1,97 @@
+"""How the console's pages show numbers, links, bars and moments; used by the admin modules and the dashboard.
+
+Pure: no query, no clock. Everything that is interpolated is escaped by format_html. The classes are styled in
+llmsite/static/llmsite/console.css.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from urllib.parse import urlencode
+
+from django.urls import reverse
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+
+NEARLY_SPENT = 90
+"""Percent of a quota from which its bar warns."""
+SHORT_ID = 8
+
+
+def whole(number: int | None) -> str:
+    """With thousands separators; a limit that is absent is unlimited."""
+    return "unlimited" if number is None else f"{number:,}"
+
+
+def seconds(value: float) -> str:
+    """A duration, to the millisecond below ten seconds."""
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.2f} s" if value < 10 else f"{value:,.1f} s"
+
+
+def moment(value: datetime | None, otherwise: str = "-") -> SafeString | str:
+    """To the minute on the page, to the microsecond under the pointer."""
+    if value is None:
+        return otherwise
+    text = f"{value:%Y-%m-%d %H:%M}"
+    return format_html('<time class="console-nowrap" title="{}">{}</time>', value.isoformat(), text)
+
+
+def clock(value: datetime) -> SafeString:
+    """As `moment`, with seconds: for rows that follow each other quickly."""
+    text = f"{value:%Y-%m-%d %H:%M:%S}"
+    return format_html('<time class="console-nowrap" title="{}">{}</time>', value.isoformat(), text)
+
+
+def listing(page: str, **filters: object) -> str:
+    """The address of a list, such as listing("accounts_apikey", tenant__id__exact=3)."""
+    query = f"?{urlencode(filters)}" if filters else ""
+    return reverse(f"admin:{page}_changelist") + query
+
+
+def change_page(page: str, pk: object) -> str:
+    return reverse(f"admin:{page}_change", args=[pk])
+
+
+def link(url: str, text: object) -> SafeString:
+    return format_html('<a class="console-link" href="{}">{}</a>', url, text)
+
+
+def links(*pairs: tuple[str, str]) -> SafeString:
+    """(address, text) pairs side by side."""
+    return format_html(
+        '<span class="console-links">{}</span>', format_html_join(" ", "{}", ((link(*p),) for p in pairs))
+    )
+
+
+def code(text: str) -> SafeString:
+    return format_html('<code class="console-code">{}</code>', text)
+
+
+def short_id(request_id: str) -> SafeString:
+    """The beginning of a request's id; the whole of it under the pointer."""
+    text = request_id if len(request_id) <= SHORT_ID else f"{request_id[:SHORT_ID]}…"
+    return format_html('<code class="console-code" title="{}">{}</code>', request_id, text)
+
+
+def percent(used: int, limit: int | None) -> int | None:
+    """Part of a quota that is spent, 0 to 100; None where it is unlimited. A quota of 0 is spent."""
+    if limit is None:
+        return None
+    return 100 if limit <= 0 else max(0, min(100, used * 100 // limit))
+
+
+def quota_bar(used: int, limit: int | None, without: str = "unlimited") -> SafeString:
+    """`used of limit` above a bar; `without` stands beside what has no limit."""
+    part = percent(used, limit)
+    text = f"{used:,}" if limit is None else f"{used:,} of {limit:,}"
+    if part is None:
+        return format_html('<div class="console-quota"><span>{}</span><small>{}</small></div>', text, without)
+    tone = "console-bar-spent" if part >= 100 else "console-bar-nearly" if part >= NEARLY_SPENT else ""
+    return format_html(
+        '<div class="console-quota"><span>{}</span><div class="console-bar {}" role="img" aria-label="{} % used">'
+        '<div style="width: {}%"></div></div></div>',
+        text,
+        tone,
+        part,
+        part,
+    )

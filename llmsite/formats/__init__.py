@@ -1,0 +1,1 @@
+"""Formats of the console, where Django looks for them (FORMAT_MODULE_PATH)."""

@@ -1,0 +1,205 @@
+"""The console's landing page: how things stand, for whoever may see it, in a fixed number of queries."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis
+from django.contrib.auth.models import Permission, User
+from django.db import connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+from django.utils import timezone
+
+from accounts import console, quotas
+from inference import queue
+from inference.models import Receipt, ServedModel
+from llmsite import dashboard, navigation
+from tests.accounts.quota_cast import reserved, settle_order
+from tests.conftest import Cast, Customer
+
+pytestmark = [pytest.mark.integration, pytest.mark.django_db]
+INDEX = reverse("admin:index")
+
+
+@pytest.fixture
+def operator(db: None, client: Client) -> Client:
+    client.force_login(User.objects.create_superuser("operator", password="a long password for tests"))
+    return client
+
+
+@pytest.fixture
+def model(db: None) -> ServedModel:
+    return ServedModel.objects.create(name="tiny", path="/models/tiny.gguf", digest="0" * 64, is_default=True)
+
+
+def page_of(client: Client) -> str:
+    answer = client.get(INDEX)
+    assert answer.status_code == 200
+    return answer.content.decode().replace("&#x27;", "'")
+
+
+def receipt(who: Customer, age: timedelta = timedelta(0), **values: Any) -> Receipt:
+    now = timezone.now()
+    given = {"status": "completed", "finish_reason": "eos", "queue_seconds": 0.1, "prefill_seconds": 0.15, **values}
+    return Receipt.objects.create(
+        request_id=str(uuid.uuid4()),
+        tenant=who.tenant,
+        key=who.key,
+        model="tiny",
+        model_digest="0" * 64,
+        route="/v1/generate",
+        created_at=now - age,
+        finished_at=now,
+        **given,
+    )
+
+
+def beat(model: ServedModel, **values: Any) -> None:
+    report = {"id": model.pk, "name": model.name, "state": "ready", "error": "", "slots": 8, "busy": 3, **values}
+    queue.ticket_queue().beat("worker-1", model.pool, 8, {"models": [report]})
+
+
+def tile(name: str) -> dashboard.Tile:
+    found = dashboard.board(User(is_superuser=True), timezone.now())
+    return next(each for each in found.tiles if each.title == name)
+
+
+def test_a_site_that_serves_says_so(operator: Client, model: ServedModel) -> None:
+    beat(model)
+    page = page_of(operator)
+    assert "All models are served." in page and "3 of 8" in page and "No request was served yet." in page
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"state": "failed", "error": "out of memory"}, "tiny: out of memory"),
+        ({"id": -1}, "No worker of pool default holds tiny."),
+    ],
+)
+def test_a_model_in_trouble_is_named(operator: Client, model: ServedModel, values: dict[str, Any], said: str) -> None:
+    beat(model, **values)
+    assert said in page_of(operator)
+
+
+def test_no_worker_and_no_model_are_told_apart(operator: Client) -> None:
+    assert "No model is registered" in page_of(operator)
+    model = ServedModel.objects.create(name="tiny", path="/models/tiny.gguf", digest="0" * 64)
+    assert "No worker is alive" in page_of(operator)
+    beat(model, id=-1)
+    ServedModel.objects.update(load_mode="off")
+    assert "All models are served." in page_of(operator)
+
+
+def test_the_page_opens_while_redis_is_away(
+    operator: Client, cast: Cast, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> None:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(queue, "ticket_queue", away)
+    receipt(cast.alice)
+    page = page_of(operator)
+    assert "Redis does not answer" in page and "Requests, last hour" in page
+
+
+def test_requests_are_counted_by_hour_and_day(cast: Cast) -> None:
+    receipt(cast.alice)
+    receipt(cast.bob, status="failed", error_code="worker_lost")
+    receipt(cast.alice, timedelta(hours=3))
+    receipt(cast.alice, timedelta(days=2))
+    hour, day = tile("Requests, last hour"), tile("Requests, 24 hours")
+    assert (hour.value, hour.note, hour.is_bad) == ("2", "1 failed", True)
+    assert (day.value, day.note) == ("3", "1 failed")
+
+
+def test_a_busy_day_is_counted_no_further_than_its_bound(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "MOST_COUNTED", 2)
+    for _ in range(3):
+        receipt(cast.alice)
+    assert tile("Requests, 24 hours").value == "> 2"
+
+
+def test_the_time_to_the_first_token_leaves_out_cached_and_failed_answers(cast: Cast) -> None:
+    assert tile("First token, p50").value == "-"
+    for seconds in (0.1, 0.2, 0.3, 4.0):
+        receipt(cast.alice, queue_seconds=0.0, prefill_seconds=seconds)
+    receipt(cast.alice, cached=True, queue_seconds=90.0)
+    receipt(cast.alice, status="failed", queue_seconds=90.0)
+    assert (tile("First token, p50").value, tile("First token, p95").value) == ("200 ms", "4.00 s")
+
+
+@pytest.mark.parametrize(("part", "expected"), [(0.0, 1.0), (0.5, 2.0), (0.51, 3.0), (0.95, 4.0), (1.0, 4.0)])
+def test_a_quantile_is_a_value_that_really_was(part: float, expected: float) -> None:
+    assert dashboard.quantile([1.0, 2.0, 3.0, 4.0], part) == expected
+
+
+def test_failures_name_their_reason_and_link_their_receipt(operator: Client, cast: Cast) -> None:
+    failed = receipt(cast.alice, status="failed", error_code="worker_lost")
+    page = page_of(operator)
+    assert "worker_lost" in page and console.change_page("inference_receipt", failed.pk) in page
+
+
+def test_tenants_are_listed_by_tokens_with_their_quota(operator: Client, cast: Cast) -> None:
+    quotas.settle(settle_order(reserved(cast.alice)))
+    page = page_of(operator)
+    assert "Alice's" in page and "of 10,000,000" in page and "Charlie's" not in page
+
+
+def test_the_number_of_queries_is_fixed(operator: Client, cast: Cast, model: ServedModel) -> None:
+    counts = []
+    for number in (1, 6):
+        for who in (cast.alice, cast.bob, cast.charlie)[: number % 5]:
+            quotas.settle(settle_order(reserved(who)))
+        for _ in range(number):
+            receipt(cast.alice, status="failed", error_code="worker_lost")
+            name = f"model-{uuid.uuid4()}"
+            ServedModel.objects.create(name=name, path="/models/other.gguf", digest="1" * 64)
+        with CaptureQueriesContext(connection) as queries:
+            page_of(operator)
+        counts.append(len(queries))
+    assert counts[0] == counts[1] <= 10
+
+
+def test_each_part_needs_its_permission(client: Client, cast: Cast, model: ServedModel) -> None:
+    receipt(cast.alice, status="failed", error_code="worker_lost")
+    charlie = User.objects.create_user("charlie", password="a long password for tests", is_staff=True)
+    client.force_login(charlie)
+    page = page_of(client)
+    assert "may see nothing here" in page
+    assert not [word for word in ("tiny", "worker_lost", "Alice", "Receipts", "Tenants") if word in page]
+    charlie.user_permissions.add(Permission.objects.get(codename="view_receipt"))
+    page = page_of(client)
+    assert "worker_lost" in page and "Receipts" in page and "Served models" not in page
+
+
+def test_the_sidebar_leads_to_every_registered_list(operator: Client) -> None:
+    from django.contrib import admin
+
+    linked = {(application, model) for _, items in navigation.GROUPS for application, model, _, _ in items}
+    assert linked == {(each._meta.app_label, each._meta.model_name) for each in admin.site._registry}
+
+
+@pytest.mark.parametrize(
+    ("used", "limit", "expected"), [(5, None, None), (0, 0, 100), (1, 200, 0), (150, 200, 75), (300, 200, 100)]
+)
+def test_the_part_of_a_quota_that_is_spent(used: int, limit: int | None, expected: int | None) -> None:
+    assert console.percent(used, limit) == expected
+
+
+def test_a_bar_warns_before_the_quota_is_spent() -> None:
+    assert "console-bar-nearly" in console.quota_bar(95, 100)
+    assert "console-bar-spent" in console.quota_bar(100, 100)
+    assert "no limit of its own" in console.quota_bar(7, None, "no limit of its own")
+    assert "&lt;b&gt;" in console.link("/", "<b>")
+
+
+def test_signing_in_leads_to_the_dashboard(client: Client, db: None) -> None:
+    User.objects.create_superuser("operator", password="a long password for tests")
+    answer = client.post(reverse("admin:login"), {"username": "operator", "password": "a long password for tests"})
+    assert answer.status_code == 302 and answer["Location"] == INDEX
