@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from inference.engine.costs import CostCurve
@@ -50,6 +51,19 @@ class Backend(Protocol):
 
     @property
     def supports_adapters(self) -> bool: ...
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Digests of the adapters that are loaded. Any thread may read it."""
+        ...
+
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        """Load a LoRA adapter, between steps. Raises EngineError "adapter_file_invalid"; then nothing has changed."""
+        ...
+
+    def unload_adapter(self, digest: str) -> None:
+        """Free an adapter that no open sequence uses. One that is not loaded is left alone."""
+        ...
 
     def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
         """Empty a slot and prepare its sampler, which has then seen the prompt. EngineError ends only this one."""

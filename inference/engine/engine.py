@@ -12,15 +12,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 
 from inference.engine import sampling
 from inference.engine.backend import Backend, SlotWork
-from inference.engine.plan import ScheduleView, StepPlan
+from inference.engine.plan import ScheduleView, StepPlan, Turn
 from inference.engine.scheduler import schedule
 from inference.engine.sequence import Sequence
 from inference.engine.slots import SlotTable
 from inference.engine.stats import Counters, EngineStats
 from inference.engine.types import (
+    AdapterVector,
     Delta,
     EngineError,
     Finished,
@@ -28,6 +30,7 @@ from inference.engine.types import (
     GenerationRequest,
     Started,
     TokenEvent,
+    effective,
 )
 
 STEP_SECONDS = 0.1
@@ -65,6 +68,7 @@ class Engine:
         self._running: dict[str, Sequence] = {}
         self._next_deadline = math.inf
         self._drift = 1.0  # seconds that steps really take, per expected second
+        self._turn = Turn()
         self._counters = Counters()
         self._events: list[TokenEvent] = []
 
@@ -75,7 +79,8 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that this engine could never serve. Reads constants only, so any thread may call it.
 
-        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling" or "adapters_not_supported".
+        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling", "adapters_not_supported" or
+        "adapter_not_loaded".
         """
         backend = self._backend
         if not request.prompt or request.max_tokens < 1:
@@ -88,14 +93,27 @@ class Engine:
             )
         if min(request.prompt) < 0 or max(request.prompt) >= backend.n_vocab:
             raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {backend.n_vocab}")
-        if request.adapters and not backend.supports_adapters:
-            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        self._check_adapters(request.adapters)
         sampling.check(request.sampling, backend.n_vocab)
 
+    def _check_adapters(self, adapters: AdapterVector) -> None:
+        digests = [digest for digest, _ in adapters]
+        if len(set(digests)) < len(digests) or not all(math.isfinite(scale) for _, scale in adapters):
+            raise EngineError("invalid_request", "an adapter vector names each adapter once, with a finite scale")
+        wanted = {digest for digest, _ in effective(adapters)}
+        if wanted and not self._backend.supports_adapters:
+            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        if missing := wanted - self._backend.adapters:
+            raise EngineError("adapter_not_loaded", f"adapters that are not loaded: {', '.join(sorted(missing))}")
+
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
-        """Take a checked request whose id is not live."""
+        """Take a checked request whose id is not live. One whose adapter was unloaded since then ends with ERROR."""
         seed = sampling.settle_seed(request.sampling.seed, self._draw_seed)
-        self._waiting[request.request_id] = Sequence(request, seed=seed, submitted_at=submitted_at)
+        sequence = Sequence(request, seed=seed, submitted_at=submitted_at, arrived_step=self._counters.num_steps)
+        self._waiting[request.request_id] = sequence
+        if not {digest for digest, _ in sequence.adapters} <= self._backend.adapters:
+            self._finish(sequence, FinishReason.ERROR, self._clock(), error="adapter_not_loaded")
+            return
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
 
@@ -113,6 +131,26 @@ class Engine:
         self._waiting.clear()
         self._slots = SlotTable(self._backend.n_slots)
 
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        """Load an adapter, between steps. One that is loaded already stays. Raises what Backend.load_adapter does."""
+        if not self._backend.supports_adapters:
+            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        if digest not in self._backend.adapters:
+            self._backend.load_adapter(digest, path)
+
+    def unload_adapter(self, digest: str) -> None:
+        """Free an adapter. One that is not loaded is left alone. Raises EngineError "adapter_in_use"."""
+        live = (*self._running.values(), *self._waiting.values())
+        if any(digest == each for sequence in live for each, _ in sequence.adapters):
+            raise EngineError("adapter_in_use", f"a live sequence uses adapter {digest}")
+        if digest in self._backend.adapters:
+            self._backend.unload_adapter(digest)
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Digests of the loaded adapters. Any thread."""
+        return self._backend.adapters
+
     def take_events(self) -> list[TokenEvent]:
         """What has happened since the last call, in order."""
         events, self._events = self._events, []
@@ -126,6 +164,7 @@ class Engine:
         self._seat(plan.seats)
         if work := self._start(plan, now):
             outputs = self._backend.execute(list(work.values()), plan.adapters)
+            self._take_turn(plan.adapters, self._clock() - now)
             self._commit(work, outputs, started=now)
 
     def stats(self) -> EngineStats:
@@ -144,6 +183,8 @@ class Engine:
             prefill_seconds_total=counters.prefill_seconds_total,
             decode_seconds_total=counters.decode_seconds_total,
             last_step_at=counters.last_step_at,
+            num_switches=counters.num_switches,
+            num_adapters=len(self._backend.adapters),
             cost_curve=self._backend.cost,
         )
 
@@ -165,6 +206,8 @@ class Engine:
             max_step_tokens=self._backend.max_step_tokens,
             step_seconds=self._step_seconds / self._drift,
             cost=self._backend.cost,
+            step=self._counters.num_steps,
+            turn=self._turn,
         )
 
     def _end_expired(self, now: float) -> None:
@@ -207,6 +250,10 @@ class Engine:
             request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id])
             for slot_id, request_id in seated
         }
+
+    def _take_turn(self, adapters: AdapterVector, seconds: float) -> None:
+        self._counters.num_switches += adapters != self._turn.adapters
+        self._turn = self._turn.after(adapters, seconds)
 
     # commit
 

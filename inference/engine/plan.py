@@ -18,7 +18,7 @@ class Candidate:
 
     num_pending: tokens it has that are not computed yet, at least 1. is_decoding: its prompt is done, and all its
     pending tokens belong to one step (the last token, and any drafts). last_step: number of the step that carried it
-    last, -1 if none did.
+    last, -1 if none did. arrived_step: number of the step before which it came.
     """
 
     request_id: str
@@ -26,11 +26,30 @@ class Candidate:
     is_decoding: bool = False
     adapters: AdapterVector = ()
     last_step: int = -1
+    arrived_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The adapter vector of the latest step, and the steps and seconds that it has had without a break."""
+
+    adapters: AdapterVector = ()
+    num_steps: int = 0
+    seconds: float = 0.0
+
+    def after(self, adapters: AdapterVector, seconds: float) -> Turn:
+        """The turn after one more step, with this vector and of so many seconds."""
+        if adapters != self.adapters:
+            return Turn(adapters, 1, seconds)
+        return Turn(adapters, self.num_steps + 1, self.seconds + seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleView:
-    """Everything a scheduling decision may look at. Running and waiting are in order of arrival."""
+    """Everything a scheduling decision may look at. Running and waiting are in order of arrival.
+
+    step: number of the step to plan.
+    """
 
     running: tuple[Candidate, ...] = ()
     waiting: tuple[Candidate, ...] = ()
@@ -39,6 +58,8 @@ class ScheduleView:
     max_step_tokens: int = 512
     step_seconds: float = 0.1
     cost: CostCurve = field(default_factory=CostCurve)
+    step: int = 0
+    turn: Turn = field(default_factory=Turn)
 
 
 @dataclass(frozen=True, slots=True)

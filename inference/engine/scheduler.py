@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from inference.engine.plan import Candidate, ScheduleView, StepPlan
 from inference.engine.slots import best_free
+from inference.engine.turns import next_vector
 
 MIN_PREFILL_TOKENS = 8
 """Prompt tokens a step may always carry, however long its decoding sequences take: a prompt never starves."""
@@ -19,13 +20,13 @@ def schedule(view: ScheduleView) -> StepPlan:
 
     Prompt tokens are limited so that the step is expected to take view.step_seconds at most. Half of them go to the
     oldest unfinished prompt, so that none starves; the rest to the shortest first, so that a short prompt does not wait
-    behind a long one. A step carries sequences of one adapter vector: that of the sequence which waited longest.
+    behind a long one. A step carries sequences of one adapter vector; which, turns.py says.
     """
     seats, seated = _seat(view)
     candidates = (*view.running, *seated)
     if not candidates:
         return StepPlan()
-    adapters = _next_adapters(candidates)
+    adapters = next_vector(candidates, view.turn, view.step)
     group = [candidate for candidate in candidates if candidate.adapters == adapters]
     num_tokens = _decode(group, view.max_step_tokens)
     budget = _prefill_budget(view, sum(num_tokens.values()))
@@ -44,11 +45,6 @@ def _seat(view: ScheduleView) -> tuple[tuple[tuple[str, int], ...], tuple[Candid
         free.remove(slot_id)
         seats.append((candidate.request_id, slot_id))
     return tuple(seats), view.waiting[: len(seats)]
-
-
-def _next_adapters(candidates: Sequence[Candidate]) -> tuple[tuple[str, float], ...]:
-    """The vector whose sequences were left out for the most steps; the first in order of arrival among equals."""
-    return min(candidates, key=lambda candidate: candidate.last_step).adapters
 
 
 def _decode(group: Sequence[Candidate], most: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from inference.engine.backend import SlotWork
 from inference.engine.plan import Candidate
 from inference.engine.stop import TextAssembler
-from inference.engine.types import GenerationRequest, Receipt
+from inference.engine.types import GenerationRequest, Receipt, effective
 
 
 class Sequence:
@@ -21,6 +21,8 @@ class Sequence:
         "_decode_batch_sequences",
         "_decode_steps",
         "_num_steps",
+        "adapters",
+        "arrived_step",
         "first_token_at",
         "last_step",
         "num_computed",
@@ -33,8 +35,10 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: GenerationRequest, *, seed: int, submitted_at: float) -> None:
+    def __init__(self, request: GenerationRequest, *, seed: int, submitted_at: float, arrived_step: int = 0) -> None:
         self.request = request
+        self.adapters = effective(request.adapters)
+        self.arrived_step = arrived_step
         self.seed = seed
         self.submitted_at = submitted_at
         self.started_at: float | None = None
@@ -67,8 +71,9 @@ class Sequence:
             self.request.request_id,
             len(self.tokens) - self.num_computed,
             self.is_decoding,
-            self.request.adapters,
+            self.adapters,
             self.last_step,
+            self.arrived_step,
         )
 
     def work(self, slot_id: int, num_tokens: int) -> SlotWork:

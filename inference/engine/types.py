@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 AdapterVector = tuple[tuple[str, float], ...]
-"""Adapters active for a sequence as sorted (adapter digest, scale) pairs; () is the base model."""
+"""Adapters active for a sequence as (adapter digest, scale) pairs; () is the base model."""
+
+
+def effective(adapters: AdapterVector) -> AdapterVector:
+    """What a vector does, in one form: sorted, and without the scales 0, which change nothing."""
+    return tuple(sorted((digest, scale) for digest, scale in adapters if scale != 0.0))
+
 
 DEFAULT_SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 """The order in which llama.cpp's server chains its samplers by default."""
