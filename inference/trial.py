@@ -1,4 +1,4 @@
-"""Starts the trial of a model or adapter file in a child process and turns any end of it, a crash too, into a report or a reason.
+"""Starts the trial of a model or adapter in a child and turns any end of it, a crash too, into a report or a reason.
 
 The calling thread waits; the registry calls it at registration. Whatever the file does, this process survives.
 """
