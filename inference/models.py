@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -195,6 +196,8 @@ class Adapter(models.Model):
         return f"{self.base_model.name}:{self.name}"
 
     def clean(self) -> None:
+        if not math.isfinite(self.default_scale):  # a comparison lets not-a-number pass
+            raise ValidationError({"default_scale": "Use a number."})
         if self.owner_id is not None and self.visibility == self.Visibility.SHARED:
             raise ValidationError({"visibility": "A tenant's own adapter is not shared with every tenant."})
 
