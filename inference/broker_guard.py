@@ -66,4 +66,5 @@ class GuardedChannel(transport.Channel):
 def install(app: Celery) -> None:
     """Before the worker connects."""
     app.conf.worker_consumer = "inference.broker_guard:GuardedConsumer"
+    app.conf.worker_enable_remote_control = False  # who may write to the broker shall not shut workers down
     transport.Transport.Channel = GuardedChannel

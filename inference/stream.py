@@ -199,13 +199,13 @@ class StreamWriter:
                 if not self._inbox and not (self._stopping and backoff == 0.0):
                     self._news.wait(backoff or self._patience())
                 inbox, self._inbox = self._inbox, []
-                if self._stopping and not inbox and not any(item.has_news() for item in self._open.values()):
+                if self._stopping and not inbox and not any(item.has_news() for item in self._all()):
                     return
             now = time.monotonic()
             for request_id, event in inbox:
                 self._note(request_id, event, now)
             try:
-                self._flush([item for item in self._open.values() if item.is_due(now) or self._stopping])
+                self._flush([item for item in self._all() if item.is_due(now) or self._stopping])
                 backoff = 0.0
             except redis.RedisError as error:
                 backoff = min(MAX_BACKOFF_SECONDS, backoff * 2 or 0.05)
@@ -214,9 +214,13 @@ class StreamWriter:
                 backoff = MAX_BACKOFF_SECONDS
                 logger.exception("publishing failed")
 
+    def _all(self) -> list[_Outgoing]:
+        """A copy in one step of the interpreter: task threads add to the original."""
+        return list(self._open.values())
+
     def _patience(self) -> float | None:
         """How long nothing can become due by itself; None for ever."""
-        return LINGER_SECONDS / 2 if any(item.has_news() for item in self._open.values()) else None
+        return LINGER_SECONDS / 2 if any(item.has_news() for item in self._all()) else None
 
     def _note(self, request_id: str, event: TokenEvent | End, now: float) -> None:
         item = self._open.get(request_id)
@@ -434,8 +438,8 @@ class StreamReader:
                         await self._changed.wait()
                     await self._read(connection)
                     backoff = 0.05
-            except (redis.RedisError, OSError) as error:
-                logger.warning("the stream reader connects again: %s", error)
+            except Exception as error:  # noqa: BLE001 - logged; this task must outlive whatever comes: all streams hang on it
+                logger.warning("the stream reader connects again: %r", error)
                 await asyncio.sleep(backoff)
                 backoff = min(MAX_BACKOFF_SECONDS, backoff * 2)
             finally:
@@ -480,15 +484,19 @@ class StreamReader:
             if not quiet:
                 continue
             try:
-                async with self._client.pipeline(transaction=False) as pipe:
-                    for name in quiet:
-                        pipe.hget(ticket_key(name), "state")
-                    states = await pipe.execute()
+                states = await self._states(quiet)
             except (redis.RedisError, OSError) as error:
                 logger.warning("live requests could not be checked: %s", error)
                 continue
             for name, state in zip(quiet, states, strict=True):
                 self._judge(name, state)
+
+    async def _states(self, request_ids: Sequence[str]) -> list[bytes | None]:
+        async with self._client.pipeline(transaction=False) as pipe:
+            for request_id in request_ids:
+                pipe.hget(ticket_key(request_id), "state")
+            states: list[bytes | None] = await pipe.execute()
+            return states
 
     def _judge(self, request_id: str, state: bytes | None) -> None:
         followed = self._streams.get(request_id)

@@ -22,6 +22,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_OUTPUT_BYTES = 16 << 20
 TRIAL_CONTEXT = 256
 TRIAL_TOKENS = 8
+THREAD_STACK_BYTES = 1 << 20
 
 
 class Unfit(Exception):
@@ -34,6 +35,7 @@ def main() -> None:
 
 def answer_with(examiner: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Read the question, set the limits, write what `examiner` finds or why it is unfit, and end the process."""
+    start_again_with_small_stacks()
     question = json.load(sys.stdin)
     tie_to(question["parent"])
     limit(question["max_memory_bytes"], question["cpu_seconds"])
@@ -48,6 +50,15 @@ def answer_with(examiner: Callable[[dict[str, Any]], dict[str, Any]]) -> NoRetur
     answer.write(json.dumps(report))
     answer.flush()
     os._exit(0)  # nothing to tidy up, and no destructor that could crash after the answer
+
+
+def start_again_with_small_stacks() -> None:
+    """llama.cpp checks every tensor in a thread of its own, hundreds at once on a busy machine, and 8 MiB of address
+    space for each stack met the limit below. Their size is fixed when a process starts: so it starts once more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if sys.platform == "linux" and (soft == resource.RLIM_INFINITY or soft > THREAD_STACK_BYTES):
+        resource.setrlimit(resource.RLIMIT_STACK, (THREAD_STACK_BYTES, hard))
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def tie_to(parent: int) -> None:

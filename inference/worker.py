@@ -329,7 +329,7 @@ class WorkerHost:
 
     def _end_lost_leases(self, leases: frozenset[str]) -> None:
         """Leases whose `take` was answered into a broken connection: nobody serves them, so they are given up."""
-        unknown = leases - self._live.keys() - self._ended.keys()
+        unknown = leases - frozenset(self._live) - frozenset(self._ended)
         self._unknown_leases = {each: self._unknown_leases.get(each, 0) + 1 for each in unknown}
         lost = [each for each, beats in self._unknown_leases.items() if beats > LOST_LEASE_BEATS]
         if lost:

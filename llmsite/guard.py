@@ -50,6 +50,14 @@ class BodyTooLarge(Exception):
     """The declared or the streamed body is over the limit."""
 
 
+class BodyTooSlow(Exception):
+    """The body did not arrive before its deadline."""
+
+
+class Unreadable(Exception):
+    """A request that cannot be understood, such as one whose query is no UTF-8."""
+
+
 class ClientGone(Exception):
     """The client closed the connection before its request was complete."""
 
@@ -83,14 +91,17 @@ class Exchange:
     started_at: float = field(default_factory=time.perf_counter)
 
     async def read_body(self) -> None:
-        """Raises BodyTooLarge, ClientGone, or TimeoutError at the deadline."""
+        """Raises BodyTooLarge, BodyTooSlow or ClientGone."""
         if _content_length(self.scope) > self.bounds.max_body_bytes:
             raise BodyTooLarge
-        async with asyncio.timeout(self.bounds.body_seconds):
-            message = await self._next_part()
-            body = message.get("body", b"")
-            if message.get("more_body"):
-                body = await self._read_on(bytearray(body))
+        try:
+            async with asyncio.timeout(self.bounds.body_seconds):
+                message = await self._next_part()
+                body = message.get("body", b"")
+                if message.get("more_body"):
+                    body = await self._read_on(bytearray(body))
+        except TimeoutError as error:
+            raise BodyTooSlow from error
         if len(body) > self.bounds.max_body_bytes:
             raise BodyTooLarge
         self.body = body
@@ -214,13 +225,19 @@ class Guard:
             limit = self.bounds.max_body_bytes
             text = f"The request body is over the limit of {limit} bytes."
             await exchange.refuse(413, "request_too_large", text, drain=True, max_body_bytes=limit)
-        except TimeoutError:
-            if exchange.status:
-                raise
+        except BodyTooSlow:
             text = f"The request body did not arrive within {self.bounds.body_seconds:g} seconds."
             await exchange.refuse(408, "request_timeout", text)
+        except Unreadable as error:
+            await exchange.refuse(400, "bad_request", str(error))
         except (ClientGone, ClientTooSlow) as error:
             exchange.fields["error_type"] = "client_gone" if isinstance(error, ClientGone) else "client_too_slow"
+        except Exception as error:  # the process's border: views answer their own errors
+            log.exception("the application failed", request_id=exchange.request_id)
+            if exchange.status:
+                raise
+            text = "The server had an error while processing the request."
+            await exchange.refuse(500, "internal_error", text, exc_type=type(error).__name__)
 
 
 def _content_length(scope: Scope) -> int:

@@ -5,6 +5,7 @@ Run against a deployment with API_BASE=http://... API_KEY=...; the tests that lo
 
 from __future__ import annotations
 
+import socket
 import uuid
 from typing import Any
 
@@ -280,6 +281,14 @@ def test_a_body_without_a_length_is_counted(api: Client) -> None:
 
     reply = api.post("/v1/generate", content=parts())
     assert (reply.status_code, reply.json()["code"]) == (413, "request_too_large")
+
+
+def test_an_address_that_is_no_text_is_refused(api: Client) -> None:
+    host, port = api.base_url.host, api.base_url.port
+    assert port is not None
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(b"GET /v1/me?x=\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
 def test_an_unknown_path_and_a_wrong_method_are_told_in_the_same_shape(api: Client) -> None:

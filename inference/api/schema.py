@@ -33,13 +33,13 @@ class ApiSchema(AutoSchema):
     """Adds the shape of errors to each operation, and one tag per block of the URL table."""
 
     def get_operation(self, *args: Any, **kwargs: Any) -> Any:
-        operation = super().get_operation(*args, **kwargs)  # type: ignore[no-untyped-call]
+        operation = super().get_operation(*args, **kwargs)
         if operation is None:
             return None
         errors = PUBLIC_ERRORS if getattr(self.view, "is_public", False) else KEY_ERRORS
         for status in errors:
             if str(status) not in operation["responses"]:
-                shape = self._get_response_for_code(ErrorReply, str(status))
+                shape = self._get_response_for_code(ErrorReply, str(status))  # type: ignore[no-untyped-call]
                 operation["responses"][str(status)] = shape
         return operation
 

@@ -23,7 +23,7 @@ def describe() -> dict[str, object]:
 
 
 def busyness(described: dict[str, object]) -> list[str]:
-    """A sentence if the machine had other work before the run: then latencies say little, ratios and counts still do."""
+    """A sentence if the machine had other work before the run: latencies say little then, ratios and counts do."""
     load, cores = described["load_average_before"], described["cores"]
     assert isinstance(load, float)
     assert isinstance(cores, int)

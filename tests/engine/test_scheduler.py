@@ -110,7 +110,7 @@ def test_a_step_carries_one_adapter_vector_and_the_longest_waiting_one_is_next()
 
 def test_sequences_of_one_adapter_vector_share_a_step() -> None:
     poet = (("poet", 1.0),)
-    running = (decoding("a", adapters=poet), decoding("b", last_step=3), prompt("c", 5, adapters=poet))
+    running = (decoding("a", adapters=poet, last_step=2), decoding("b", last_step=3), prompt("c", 5, adapters=poet))
     plan = schedule(view(running=running))
     assert (plan.adapters, plan.num_tokens) == (poet, {"a": 1, "c": 5})
 

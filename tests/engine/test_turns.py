@@ -12,7 +12,6 @@ from inference.engine.plan import Candidate, Turn
 from inference.engine.turns import (
     MIN_STEPS,
     OVERDUE_ROUNDS,
-    ROUND_STEPS,
     TURN_SECONDS,
     URGENT_STEPS,
     next_vector,

@@ -39,7 +39,7 @@ from inference.bench import (
 from inference.bench.digest import digest
 from inference.bench.figures import Spread, added, pack, percentile, ratio, thin, unpack
 from inference.bench.load import NUMBER, LoadFailed, LoadJob, _Load, run_load
-from inference.bench.upstream import render_answers, split_text
+from inference.bench.upstream import _Upstream, render_answers, split_text
 from inference.bench.wire import Connection, render_request
 from inference.management.commands.bench import between, clients_list
 
@@ -208,6 +208,22 @@ async def test_clients_count_refusals_in_process(upstream_port: int) -> None:
     load = _Load(job(upstream_port, bodies=["{}"], headers={"X-A": "b"}, warmup_seconds=0.05))
     result = await load.run()
     assert result.num_sent > len(result.latencies) > 0
+
+
+async def test_the_upstream_answers_what_it_is_asked_for_and_hangs_up_on_noise() -> None:
+    answers = render_answers("word word", 2)
+    server = await asyncio.get_running_loop().create_server(lambda: _Upstream(answers), "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        load = _Load(job(port, stream=True, marker='"content"', expect="[DONE]"))
+        result = await load.run()
+        assert result.num_errors == 0
+        assert len(result.firsts) == len(result.latencies) > 0
+        wrong = await _Load(job(port, expect="nothing like it", max_requests=4, seconds=5)).run()
+        assert wrong.num_errors == 4
+        connection = await Connection.open("127.0.0.1", port)
+        with pytest.raises(ConnectionError):
+            await connection.send(b"this is noise\r\n\r\n")
 
 
 def test_the_upstream_says_the_whole_text_in_both_forms() -> None:

@@ -22,7 +22,7 @@ LOG_WIDTH = 200
 EXAMPLES = """examples:
   manage.py bench                          llmsite and LiteLLM side by side, about seven minutes
   manage.py bench --no-peer --rounds 1     llmsite alone, two minutes
-  manage.py bench --clients 1,16 --seconds 5 --out /tmp/bench
+  manage.py bench --clients 1,16 --seconds 5 --out bench-results
   manage.py bench --engine                 what one batch gains, with the demo model
 """
 

@@ -184,6 +184,14 @@ async def test_a_time_limit_of_the_application_itself_is_not_taken_for_the_clien
         await Conversation(b"").with_app(app)
 
 
+async def test_an_application_that_fails_before_it_answers_is_an_internal_error() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise TimeoutError("a secret detail")
+
+    talk = await Conversation(b"").with_app(app)
+    assert (talk.status, talk.json["code"], talk.json["extra"]) == (500, "internal_error", {"exc_type": "TimeoutError"})
+
+
 # The protocol, on a real socket
 
 
