@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.engine.costs import CostCurve
-from inference.engine.plan import Candidate, ScheduleView
+from inference.engine.plan import Candidate, ScheduleView, Turn
 from inference.engine.scheduler import MIN_PREFILL_TOKENS, schedule
 
 pytestmark = pytest.mark.unit
@@ -111,7 +111,7 @@ def test_a_step_carries_one_adapter_vector_and_the_longest_waiting_one_is_next()
 def test_sequences_of_one_adapter_vector_share_a_step() -> None:
     poet = (("poet", 1.0),)
     running = (decoding("a", adapters=poet, last_step=2), decoding("b", last_step=3), prompt("c", 5, adapters=poet))
-    plan = schedule(view(running=running))
+    plan = schedule(view(running=running, turn=Turn(poet, 1)))
     assert (plan.adapters, plan.num_tokens) == (poet, {"a": 1, "c": 5})
 
 
