@@ -259,6 +259,7 @@ class Receipt(models.Model):
     )
     model = models.CharField(max_length=100)
     model_digest = models.CharField(max_length=64)
+    adapters = models.JSONField(default=list, blank=True, help_text="Pairs of an adapter's name and its scale.")
     route = models.CharField(max_length=64)
     status = models.CharField(max_length=12, choices=Status.choices)
     finish_reason = models.CharField(max_length=16)
