@@ -229,6 +229,8 @@ class WorkerHost:
             stop=ticket.stop,
             deadline=time.monotonic() + ticket.deadline_at - now,
             adapters=ticket.adapters,
+            cache_scope=f"tenant {ticket.tenant_id}",
+            cache_prompt=ticket.prefix_cache,
         )
         try:
             live.model.submit(request)

@@ -47,6 +47,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def max_chunk_tokens(self) -> int:
+        """Prompt tokens of one sequence that one step can compute."""
+        ...
+
+    @property
     def cost(self) -> CostCurve: ...
 
     @property
@@ -65,8 +70,20 @@ class Backend(Protocol):
         """Free an adapter that no open sequence uses. One that is not loaded is left alone."""
         ...
 
-    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
-        """Empty a slot and prepare its sampler, which has then seen the prompt. EngineError ends only this one."""
+    @property
+    def supports_reuse(self) -> bool:
+        """Whether a slot can forget its last tokens and keep the first, and be copied."""
+        ...
+
+    def open(
+        self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+    ) -> None:
+        """Prepare a slot, which forgets all but its first num_cached tokens, and its sampler, which has then seen the
+        whole prompt. EngineError ends only this sequence; what the slot holds is unknown then."""
+        ...
+
+    def copy(self, source_id: int, target_id: int) -> None:
+        """Let one slot hold what another holds, and nothing else; open() follows."""
         ...
 
     def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:

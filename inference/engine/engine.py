@@ -10,13 +10,14 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from inference.engine import sampling
 from inference.engine.backend import Backend, SlotWork
-from inference.engine.plan import ScheduleView, StepPlan, Turn
+from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
+from inference.engine.prefix import common_prefix
 from inference.engine.scheduler import schedule
 from inference.engine.sequence import Sequence
 from inference.engine.slots import SlotTable
@@ -36,6 +37,10 @@ from inference.engine.types import (
 STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
+
+MIN_COMPUTED = {False: 1, True: 2}
+"""Prompt tokens that are computed however much is cached, without and with adapters: llama.cpp computes LoRA of a lone
+token with other kernels than of several, and what a prompt gives must not depend on the cache."""
 
 DRIFT_WEIGHT = 0.2
 """How much the latest step counts for how far reality is from the measured cost curve."""
@@ -179,6 +184,7 @@ class Engine:
             num_decode_steps=counters.num_decode_steps,
             num_decode_sequences=counters.num_decode_sequences,
             prompt_tokens_total=counters.prompt_tokens_total,
+            cached_tokens_total=counters.cached_tokens_total,
             completion_tokens_total=counters.completion_tokens_total,
             prefill_seconds_total=counters.prefill_seconds_total,
             decode_seconds_total=counters.decode_seconds_total,
@@ -200,15 +206,43 @@ class Engine:
         free = self._slots.free
         return ScheduleView(
             running=tuple(sequence.candidate() for sequence in self._running.values()),
-            waiting=tuple(sequence.candidate() for sequence in islice(self._waiting.values(), len(free))),
+            waiting=tuple(self._waiting_candidates()) if free else (),
             free_slots=free,
+            held={slot_id: len(held.tokens) for slot_id, held in self._slots.held.items()},
+            used={slot_id: held.used for slot_id, held in self._slots.held.items()},
+            n_ctx=self._backend.n_ctx,
             num_slots=self._slots.num_slots,
             max_step_tokens=self._backend.max_step_tokens,
+            max_chunk_tokens=self._backend.max_chunk_tokens,
             step_seconds=self._step_seconds / self._drift,
             cost=self._backend.cost,
             step=self._counters.num_steps,
             turn=self._turn,
         )
+
+    def _waiting_candidates(self) -> Iterator[Candidate]:
+        """Twice as many as there are slots: some may only wait for what others compute."""
+        before = [sequence for sequence in self._running.values() if not sequence.is_decoding]
+        for sequence in islice(self._waiting.values(), 2 * self._slots.num_slots):
+            if sequence.cache_key is None or not sequence.request.cache_prompt or not self._backend.supports_reuse:
+                yield sequence.candidate()
+                continue
+            shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
+            yield sequence.candidate(self._prefixes(sequence), shared)
+            before.append(sequence)
+
+    def _prefixes(self, sequence: Sequence) -> dict[int, int]:
+        """How much of a waiting prompt each slot has computed under its key, but for MIN_COMPUTED tokens at its end."""
+        prompt = list(sequence.request.prompt[: -MIN_COMPUTED[bool(sequence.adapters)]])
+        found = {
+            slot_id: common_prefix(prompt, held.tokens)
+            for slot_id, held in self._slots.held.items()
+            if held.key == sequence.cache_key
+        }
+        for each in self._running.values():
+            if each.slot_id is not None and each.cache_key == sequence.cache_key:
+                found[each.slot_id] = min(sequence.num_reusable(each), len(prompt))
+        return {slot_id: number for slot_id, number in found.items() if number}
 
     def _end_expired(self, now: float) -> None:
         """End what is past its deadline. Looks at the sequences only when some deadline can have passed."""
@@ -225,17 +259,22 @@ class Engine:
 
     # act
 
-    def _seat(self, seats: Iterable[tuple[str, int]]) -> None:
-        for request_id, slot_id in seats:
-            sequence = self._waiting.pop(request_id)
-            self._slots.take(slot_id, request_id)
-            sequence.slot_id = slot_id
-            self._running[request_id] = sequence
+    def _seat(self, seats: Iterable[Seat]) -> None:
+        for seat in seats:
+            sequence = self._waiting.pop(seat.request_id)
+            self._slots.take(seat.slot_id, seat.request_id)
+            sequence.slot_id = seat.slot_id
+            self._running[seat.request_id] = sequence
             request = sequence.request
+            if seat.copy_from is not None:
+                self._backend.copy(seat.copy_from, seat.slot_id)
             try:
-                self._backend.open(slot_id, request.prompt, request.sampling, sequence.seed)
+                self._backend.open(seat.slot_id, request.prompt, request.sampling, sequence.seed, seat.num_cached)
             except EngineError as error:
                 self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
+            else:
+                sequence.reuse(seat.num_cached)
+                self._counters.cached_tokens_total += seat.num_cached
 
     def _start(self, plan: StepPlan, now: float) -> dict[str, SlotWork]:
         """The plan as work for the backend, by request id and in order of slots; announces who is in a first step."""
@@ -327,5 +366,6 @@ class Engine:
         )
         self._waiting.pop(sequence.request_id, None)
         if self._running.pop(sequence.request_id, None) and sequence.slot_id is not None:
-            self._slots.give_back(sequence.slot_id, sequence.request_id)
+            held = sequence.held(self._counters.num_steps)
+            self._slots.give_back(sequence.slot_id, sequence.request_id, held)
             self._backend.close(sequence.slot_id)

@@ -43,7 +43,9 @@ def invented_answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
 
 
 class FakeBackend:
-    """Implements Backend. A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep.
+    """Implements Backend, and checks what it is told about slots: ValueError where tokens would not be what they must.
+
+    A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep.
 
     answer: what is generated. answer_tokens: after so many tokens the answer ends, never if None.
     supports_adapters: load adapters, of any existing file that is not empty; a vector changes the seed of the answer.
@@ -63,12 +65,14 @@ class FakeBackend:
         max_step_tokens: int = 512,
         supports_adapters: bool = False,
         seconds_per_switch: float = 0.0,
+        supports_reuse: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.n_slots = n_slots
         self.n_ctx = n_ctx
         self.n_vocab = n_vocab
         self.max_step_tokens = max(max_step_tokens, n_slots)
+        self.max_chunk_tokens = self.max_step_tokens
         self.supports_adapters = supports_adapters
         self.cost = _linear(seconds_per_step, seconds_per_token)
         self._answer = answer
@@ -77,6 +81,8 @@ class FakeBackend:
         self._open: dict[int, tuple[tuple[int, ...], int]] = {}
         self._seconds_per_switch = seconds_per_switch
         self._attached: AdapterVector = ()
+        self._held: dict[int, list[tuple[int, AdapterVector]]] = {}
+        self.supports_reuse = supports_reuse
         self.adapters: frozenset[str] = frozenset()
 
     def load_adapter(self, digest: str, path: str | Path) -> None:
@@ -88,10 +94,21 @@ class FakeBackend:
     def unload_adapter(self, digest: str) -> None:
         self.adapters -= {digest}
 
-    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+    def open(
+        self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+    ) -> None:
         if not 0 <= slot_id < self.n_slots or slot_id in self._open:
             raise ValueError(f"slot {slot_id} cannot be opened")
+        kept = self._held.get(slot_id, [])[:num_cached]
+        if [token for token, _ in kept] != list(prompt[:num_cached]) or num_cached >= len(prompt):
+            raise ValueError(f"slot {slot_id} does not hold the first {num_cached} tokens of this prompt")
+        self._held[slot_id] = kept
         self._open[slot_id] = tuple(prompt), 0 if sampling.temperature <= 0 else seed
+
+    def copy(self, source_id: int, target_id: int) -> None:
+        if target_id in self._open:
+            raise ValueError(f"slot {target_id} is in use")
+        self._held[target_id] = list(self._held.get(source_id, []))
 
     def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
         if missing := {digest for digest, _ in adapters} - self.adapters:
@@ -102,7 +119,15 @@ class FakeBackend:
             seconds += self._seconds_per_switch
         if seconds > 0:
             self._sleep(seconds)
+        for part in work:
+            self._hold(part, adapters)
         return [(self._next_token(part, adapters),) if part.samples else () for part in work]
+
+    def _hold(self, part: SlotWork, adapters: AdapterVector) -> None:
+        held = self._held[part.slot_id]
+        if part.start != len(held) or any(vector != adapters for _, vector in held):
+            raise ValueError(f"slot {part.slot_id} holds {len(held)} tokens, or some of another adapter vector")
+        held.extend((token, adapters) for token in part.tokens)
 
     def _next_token(self, part: SlotWork, adapters: AdapterVector) -> int:
         prompt, seed = self._open[part.slot_id]

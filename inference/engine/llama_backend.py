@@ -36,6 +36,9 @@ CONTEXT_STEP = 256
 """llama.cpp rounds the context of a sequence up to a multiple of this; our limit is exact and below it."""
 
 MAX_STEP_TOKENS = 512
+MAX_CPU_CHUNK = 63
+"""From 64 tokens of one sequence on, llama.cpp's attention on a CPU takes another kernel, whose results differ in the last
+bits and so in a token now and then. Below, prompts give the same tokens however they are cut."""
 KV_TYPES = {"f16": native.GGML_TYPE_F16, "q8_0": native.GGML_TYPE_Q8_0, "q4_0": native.GGML_TYPE_Q4_0}
 _FLASH_ATTENTION = {
     None: native.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -96,6 +99,8 @@ class LlamaBackend:
         self.adapters: frozenset[str] = frozenset()
         self._batch = _Batch(self.max_step_tokens)
         self._is_freed = False
+        self.supports_reuse = False
+        self.max_chunk_tokens = self.max_step_tokens
         self.cost = CostCurve()
 
     @classmethod
@@ -129,18 +134,28 @@ class LlamaBackend:
             native.llama_model_free(model)
             raise
         backend = cls(model, context, n_ctx=n_ctx, n_slots=n_slots)
+        if n_gpu_layers == 0:
+            backend.max_chunk_tokens = MAX_CPU_CHUNK
         backend._measure()
         return backend
 
-    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+    def open(
+        self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+    ) -> None:
         self.close(slot_id)
-        native.llama_memory_seq_rm(self._memory, slot_id, -1, -1)
+        if not native.llama_memory_seq_rm(self._memory, slot_id, num_cached, -1):
+            raise RuntimeError(f"slot {slot_id} cannot be cut to {num_cached} tokens")
         steps = sampling_chain.chain(sampling, seed=seed, n_ctx=self.n_ctx, end_tokens=self._end_tokens)
         sampler = self._chain(steps)
         self._samplers[slot_id] = sampler
         if window := sampling_chain.memory_tokens(steps):
             for token in prompt[-window:]:
                 _accept(sampler, token)
+
+    def copy(self, source_id: int, target_id: int) -> None:
+        """The whole stream: a part of one would abort the process. The data moves with the next decode, in the order of
+        the calls and before anything is computed; which tokens a slot holds is known at once, so it can be cut now."""
+        native.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
 
     def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
         if adapters != self._attached:
@@ -250,8 +265,20 @@ class LlamaBackend:
 
         most = min(self.max_step_tokens, self.n_ctx)
         self.cost = measure(step, most=most)
+        self.supports_reuse = self._can_trim()
         native.llama_memory_seq_rm(self._memory, 0, -1, -1)
         logger.info("cost of a step, (tokens, seconds): %s", self.cost.points)
+
+    def _can_trim(self) -> bool:
+        """Whether slot 0 can forget its last token and keep those before: recurrent models cannot."""
+        if native.llama_model_is_recurrent(self._model) or native.llama_model_is_hybrid(self._model):
+            return False
+        native.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        self._decode([SlotWork(0, 0, [0, 0], True)])
+        return (
+            bool(native.llama_memory_seq_rm(self._memory, 0, 1, -1))
+            and native.llama_memory_seq_pos_max(self._memory, 0) == 0
+        )
 
 
 class _Batch:

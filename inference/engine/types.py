@@ -62,7 +62,8 @@ class GenerationRequest:
     """One sequence to generate.
 
     prompt: 1..n_ctx-1 token ids. max_tokens: 1 or more; generation also ends at the slot's context limit.
-    stop: strings that end generation and are not part of the text. deadline: monotonic seconds.
+    stop: strings that end generation and are not part of the text. deadline: monotonic seconds. cache_scope: whose
+    computed tokens may be reused, and may reuse these; None shares with nobody. cache_prompt: whether it reuses any.
     """
 
     request_id: str
@@ -72,6 +73,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     deadline: float | None = None
     adapters: AdapterVector = ()
+    cache_scope: str | None = None
+    cache_prompt: bool = True
 
 
 class FinishReason(StrEnum):
@@ -87,7 +90,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What was really computed for one sequence.
+    """What was really computed for one sequence; of its prompt, all but the cached_tokens.
 
     completion_tokens counts every token that was sampled and committed, those of a stop string and of a held-back
     character included. batch_sequences sums, over the num_steps executed plans that carried this sequence, how many

@@ -406,10 +406,12 @@ def test_a_request_whose_adapter_went_before_it_came_ends_with_an_error(clock: H
 
 def test_a_slot_that_cannot_be_opened_ends_that_sequence_alone(clock: HandClock) -> None:
     class Picky(FakeBackend):
-        def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+        def open(
+            self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+        ) -> None:
             if prompt[0] == 9:
                 raise EngineError("invalid_sampling", "no")
-            super().open(slot_id, prompt, sampling, seed)
+            super().open(slot_id, prompt, sampling, seed, num_cached)
 
     bench = Bench(clock, Picky(2, 64))
     bench.add("bad", prompt=(9,))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.engine.costs import CostCurve
-from inference.engine.plan import Candidate, ScheduleView, Turn
+from inference.engine.plan import Candidate, ScheduleView, Seat, Turn
 from inference.engine.scheduler import MIN_PREFILL_TOKENS, schedule
 
 pytestmark = pytest.mark.unit
@@ -36,7 +36,7 @@ def test_nothing_to_do_is_an_empty_plan() -> None:
 
 def test_the_waiting_are_seated_first_come_first_served_while_slots_last() -> None:
     plan = schedule(view(waiting=(prompt("a", 5), prompt("b", 5), prompt("c", 5)), free_slots=frozenset({4, 6})))
-    assert plan.seats == (("a", 4), ("b", 6))
+    assert plan.seats == (Seat("a", 4), Seat("b", 6))
     assert plan.num_tokens == {"a": 5, "b": 5}
 
 
@@ -143,10 +143,10 @@ def test_every_plan_keeps_the_rules(
     )
     plan = schedule(given_view)
     known = {candidate.request_id: candidate for candidate in (*running, *waiting)}
-    assert [request_id for request_id, _ in plan.seats] == [each.request_id for each in waiting[: len(free)]]
-    assert {slot_id for _, slot_id in plan.seats} <= free
-    assert len({slot_id for _, slot_id in plan.seats}) == len(plan.seats)
-    may_run = {candidate.request_id for candidate in running} | {request_id for request_id, _ in plan.seats}
+    assert [seat.request_id for seat in plan.seats] == [each.request_id for each in waiting[: len(free)]]
+    assert {seat.slot_id for seat in plan.seats} <= free
+    assert len({seat.slot_id for seat in plan.seats}) == len(plan.seats)
+    may_run = {candidate.request_id for candidate in running} | {seat.request_id for seat in plan.seats}
     assert plan.num_tokens.keys() <= may_run
     assert bool(plan.num_tokens) == bool(may_run)
     assert sum(plan.num_tokens.values()) <= most
