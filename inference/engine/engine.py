@@ -38,10 +38,6 @@ STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
 
-MIN_COMPUTED = {False: 1, True: 2}
-"""Prompt tokens that are computed however much is cached, without and with adapters: llama.cpp computes LoRA of a lone
-token with other kernels than of several, and what a prompt gives must not depend on the cache."""
-
 DRIFT_WEIGHT = 0.2
 """How much the latest step counts for how far reality is from the measured cost curve."""
 
@@ -232,8 +228,8 @@ class Engine:
             before.append(sequence)
 
     def _prefixes(self, sequence: Sequence) -> dict[int, int]:
-        """How much of a waiting prompt each slot has computed under its key, but for MIN_COMPUTED tokens at its end."""
-        prompt = list(sequence.request.prompt[: -MIN_COMPUTED[bool(sequence.adapters)]])
+        """How much of a waiting prompt each slot has computed under its key; its last token is always computed anew."""
+        prompt = list(sequence.request.prompt[:-1])
         found = {
             slot_id: common_prefix(prompt, held.tokens)
             for slot_id, held in self._slots.held.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 from inference.engine import sampling as sampling_chain
 from inference.engine.backend import SlotWork
 from inference.engine.costs import CostCurve, measure
+from inference.engine.lora_file import write_padded
 from inference.engine.sampling import SamplerStep
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
 
@@ -37,8 +39,8 @@ CONTEXT_STEP = 256
 
 MAX_STEP_TOKENS = 512
 MAX_CPU_CHUNK = 63
-"""From 64 tokens of one sequence on, llama.cpp's attention on a CPU takes another kernel, whose results differ in the last
-bits and so in a token now and then. Below, prompts give the same tokens however they are cut."""
+"""From 64 tokens of one sequence on, llama.cpp's attention on a CPU takes another kernel, whose results differ in the
+last bits and so in a token now and then. Below, prompts give the same tokens however they are cut."""
 KV_TYPES = {"f16": native.GGML_TYPE_F16, "q8_0": native.GGML_TYPE_Q8_0, "q4_0": native.GGML_TYPE_Q4_0}
 _FLASH_ATTENTION = {
     None: native.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -79,7 +81,7 @@ class LlamaBackend:
 
     supports_adapters = True
 
-    def __init__(self, model: Any, context: Any, *, n_ctx: int, n_slots: int) -> None:
+    def __init__(self, model: Any, context: Any, *, n_ctx: int, n_slots: int, is_on_cpu: bool = True) -> None:
         self.n_ctx = n_ctx
         self.n_slots = n_slots
         self.max_step_tokens = _step_tokens(n_slots)
@@ -100,7 +102,8 @@ class LlamaBackend:
         self._batch = _Batch(self.max_step_tokens)
         self._is_freed = False
         self.supports_reuse = False
-        self.max_chunk_tokens = self.max_step_tokens
+        self._is_on_cpu = is_on_cpu
+        self.max_chunk_tokens = MAX_CPU_CHUNK if is_on_cpu else self.max_step_tokens
         self.cost = CostCurve()
 
     @classmethod
@@ -133,9 +136,7 @@ class LlamaBackend:
         except BaseException:
             native.llama_model_free(model)
             raise
-        backend = cls(model, context, n_ctx=n_ctx, n_slots=n_slots)
-        if n_gpu_layers == 0:
-            backend.max_chunk_tokens = MAX_CPU_CHUNK
+        backend = cls(model, context, n_ctx=n_ctx, n_slots=n_slots, is_on_cpu=n_gpu_layers == 0)
         backend._measure()
         return backend
 
@@ -172,7 +173,13 @@ class LlamaBackend:
         if digest in self._adapters:
             return
         file = _checked_file(Path(path), kind="adapter")
-        adapter = native.llama_adapter_lora_init(self._model, os.fsencode(file))
+        try:
+            with tempfile.NamedTemporaryFile(suffix=".gguf") as padded:
+                is_padded = self._is_on_cpu and write_padded(file, padded.file)
+                source = padded.name if is_padded else file
+                adapter = native.llama_adapter_lora_init(self._model, os.fsencode(source))
+        except OSError as error:
+            raise EngineError("adapter_file_invalid", f"{file} cannot be prepared for this machine: {error}") from error
         if not adapter:
             raise EngineError(
                 "adapter_file_invalid",

@@ -64,13 +64,4 @@ def _prefill(prompts: Sequence[Candidate], budget: int, most: int) -> dict[str, 
         if extra > 0:
             planned[candidate.request_id] = already + extra
             left -= extra
-    return {
-        candidate.request_id: _chunk(candidate, planned[candidate.request_id])
-        for candidate in prompts
-        if candidate.request_id in planned
-    }
-
-
-def _chunk(candidate: Candidate, num_tokens: int) -> int:
-    """Never leave a lone token for the last step of a prompt: with adapters it is computed by other kernels."""
-    return num_tokens - 1 if num_tokens > 2 and candidate.num_pending - num_tokens == 1 else num_tokens
+    return planned

@@ -67,6 +67,12 @@ def test_a_chunk_never_exceeds_the_batch() -> None:
     assert plan.num_tokens == {"d": 1, "p": 63}
 
 
+def test_a_chunk_of_one_prompt_is_bounded_and_the_rest_goes_to_others() -> None:
+    running = (prompt("a", 1000), prompt("b", 1000), prompt("c", 10))
+    plan = schedule(view(running=running, cost=CostCurve(), max_step_tokens=512, max_chunk_tokens=63))
+    assert plan.num_tokens == {"a": 63, "b": 63, "c": 10}
+
+
 def test_a_batch_full_of_decoding_sequences_leaves_no_room_for_prompts() -> None:
     plan = schedule(view(running=(decoding("a"), decoding("b"), prompt("p", 9)), max_step_tokens=2))
     assert plan.num_tokens == {"a": 1, "b": 1}
