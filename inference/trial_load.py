@@ -22,6 +22,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_OUTPUT_BYTES = 16 << 20
 TRIAL_CONTEXT = 256
 TRIAL_TOKENS = 8
+THREAD_STACK_BYTES = 2 << 20
 
 
 class Unfit(Exception):
@@ -37,6 +38,7 @@ def answer_with(examiner: Callable[[dict[str, Any]], dict[str, Any]]) -> NoRetur
     question = json.load(sys.stdin)
     tie_to(question["parent"])
     limit(question["max_memory_bytes"], question["cpu_seconds"])
+    shrink_thread_stacks()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp must not write into the answer
     try:
@@ -66,6 +68,16 @@ def limit(memory_bytes: int, cpu_seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
 
+def shrink_thread_stacks() -> None:
+    """Checking tensors starts a thread for each: with the usual 8 MiB, their stacks alone would fill the limit."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "pthread_setattr_default_np"):
+        attributes = ctypes.create_string_buffer(64)  # <bits/pthreadtypes.h>: 56 bytes
+        library.pthread_attr_init(attributes)
+        library.pthread_attr_setstacksize(attributes, ctypes.c_size_t(THREAD_STACK_BYTES))
+        library.pthread_setattr_default_np(attributes)
+
+
 def examine(path: Path, vocabulary: Path) -> dict[str, Any]:
     """Load, decode a few tokens, and see that the vocabulary file tokenizes alike. Raises Unfit."""
     import llama_cpp
@@ -91,13 +103,14 @@ def examine(path: Path, vocabulary: Path) -> dict[str, Any]:
     }
 
 
-def load(path: Path, *, vocab_only: bool) -> Any:
+def load(path: Path, *, vocab_only: bool, check: bool = True) -> Any:
+    """check: look at every weight for numbers that are none. Raises Unfit."""
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
-    params.check_tensors = not vocab_only
+    params.check_tensors = check and not vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise Unfit("llama.cpp cannot load it")
