@@ -36,6 +36,7 @@ check: dev ## Style, types, import rules, migrations, settings, supply chain.
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-logo
+	@mkdir -p .state/check
 	@$(DEPLOYED) $(VENV_PYTHON) manage.py makemigrations --check --dry-run
 	@$(DEPLOYED) $(VENV_PYTHON) manage.py check --deploy --fail-level WARNING
 	@$(INSTALL) --verify
@@ -45,8 +46,8 @@ bench: dev ## Measure the path around the model, and the LiteLLM proxy beside it
 
 lock: dev ## Resolve requirements/*.in into hash-locked files.
 	@$(UV) requirements/base.in -o requirements/base.txt
-	@$(UV) -c requirements/base.txt requirements/worker.in -o requirements/worker.txt
-	@$(UV) -c requirements/worker.txt requirements/dev.in -o requirements/dev.txt
+	@$(UV) requirements/worker.in -o requirements/worker.txt
+	@$(UV) requirements/dev.in -o requirements/dev.txt
 	@$(UV) requirements/build.in -o requirements/build.txt
 	@$(UV) --no-deps requirements/demo.in -o requirements/demo.txt
 	@$(UV) requirements/bench.in -o requirements/bench.txt

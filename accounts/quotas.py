@@ -26,6 +26,7 @@ from accounts.group_commit import GroupCommit
 from accounts.models import LedgerEntry, Reservation
 from accounts.quota_rows import Balances, Closed, CountersMoved, Movement, OwnerId
 from accounts.refusals import Refusal
+from accounts.turn import turn
 from accounts.usage import usage
 
 __all__ = [
@@ -240,13 +241,14 @@ def _with_retries(action: Callable[[], list[_Done]]) -> list[_Done]:
 
     In a caller's transaction nothing can be tried again: the error goes to who can roll it back.
     """
+    if connection.in_atomic_block:
+        return action()
     started = time.monotonic()
     for pause in (*RETRY_SECONDS, None):
         try:
-            return action()
+            with turn():
+                return action()
         except (OperationalError, InterfaceError, CountersMoved) as error:
-            if connection.in_atomic_block:
-                raise
             connection.close_if_unusable_or_obsolete()
             if pause is None or time.monotonic() - started > GIVE_UP_SECONDS:
                 logger.error("quota orders were not written", exc_info=error)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 import redis
 from django.conf import settings
 
-from accounts import quotas, redis_client, throttling
+from accounts import quotas, throttling
 from accounts.allotment import ChargeOrder, Held, ReserveOrder
 from accounts.principals import Principal
 from accounts.refusals import Refusal
@@ -243,17 +243,9 @@ def _reserve(principal: Principal, order: GenerateOrder, request_id: str, prompt
     try:
         return quotas.reserve(whole)
     except Refusal as refusal:
-        if not refusal.code.startswith("quota_") or (not _settle_ended() and order.all_or_nothing):
+        if not refusal.code.startswith("quota_") or (not settlement.catch_up() and order.all_or_nothing):
             raise
     return quotas.reserve(replace(whole, all_or_nothing=order.all_or_nothing))
-
-
-def _settle_ended() -> bool:
-    """Whether anything that had ended was still to be settled."""
-    try:
-        return settlement.settle_pending(redis_client.client()) > 0
-    except redis.RedisError:
-        return False
 
 
 # The queue

@@ -96,7 +96,7 @@ class CompletionCache:
     def put(self, cache_key: str, completion: Completion) -> None:
         """Keep it now; `put_command` saves the round trip."""
         if command := self.put_command(cache_key, completion):
-            self._client.execute_command(*command)
+            self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
 def _names(cache_key: str) -> list[str]:

@@ -105,7 +105,15 @@ class TicketQueue:
         wait_seconds = max(0.0, ticket.queue_deadline_at - ticket.created_at)
         ttl = int(max(0.0, ticket.deadline_at - ticket.created_at) + MARGIN_SECONDS)
         limit: int | str = "" if queue_length is None else queue_length
-        args = [ticket.request_id, ticket.pool, ticket.model_id, ticket.tenant_id, ticket.key_id, wait_seconds, ttl]
+        args: list[Any] = [
+            ticket.request_id,
+            ticket.pool,
+            ticket.model_id,
+            ticket.tenant_id,
+            ticket.key_id,
+            wait_seconds,
+            ttl,
+        ]
         args += [limit, ticket.header(), ticket.prompt_bytes()]
         return bool(self._put(keys=[ticket_key(ticket.request_id)], args=args))
 
@@ -150,19 +158,20 @@ class TicketQueue:
     def live_requests(self, *, key_id: int | None = None, tenant_id: int | None = None) -> list[str]:
         """Requests of a key or of a tenant that have not ended."""
         name = f"of:key:{key_id}" if key_id is not None else f"of:tenant:{tenant_id}"
-        return sorted(member.decode() for member in self.client.smembers(name))
+        return sorted(map(_text, self.client.smembers(name)))
 
     def state(self, request_id: str) -> RequestState | None:
         """None for an unknown request, or one that ended long ago."""
         names = ["state", "tenant", "key", "pool", "created_at"]
-        state, tenant, key, pool, created_at = self.client.hmget(ticket_key(request_id), names)
-        if state is None or tenant is None or key is None or pool is None or created_at is None:
+        values = self.client.hmget(ticket_key(request_id), names)
+        if None in values:
             return None
-        position = None
-        if state == b"waiting":
-            position = self.client.zrank(f"waiting:{pool.decode()}", request_id)
-        word = {b"waiting": "waiting", b"done": "done"}.get(state, "running")
-        return RequestState(word, int(tenant), int(key), pool.decode(), float(created_at), position)
+        state, tenant, key, pool, created_at = map(_text, values)
+        position: Any = None
+        if state == "waiting":
+            position = self.client.zrank(f"waiting:{pool}", request_id)
+        word = state if state in {"waiting", "done"} else "running"
+        return RequestState(word, int(tenant), int(key), pool, float(created_at), position)
 
     def num_waiting(self, pool: str) -> int:
         return int(self.client.zcard(f"waiting:{pool}"))
@@ -196,7 +205,7 @@ class TicketQueue:
 
     def workers(self) -> list[WorkerInfo]:
         """The workers that live."""
-        ids = sorted(member.decode() for member in self.client.smembers("workers"))
+        ids = sorted(map(_text, self.client.smembers("workers")))
         bodies = self.client.mget([f"worker:{worker_id}" for worker_id in ids]) if ids else []
         infos = [(worker_id, orjson.loads(body)) for worker_id, body in zip(ids, bodies, strict=True) if body]
         return [WorkerInfo(worker_id, info.get("pool", ""), info) for worker_id, info in infos]
@@ -207,6 +216,10 @@ class TicketQueue:
         claims, rings = self._sweep(args=args)
         readable = [claim for claim in map(self._claim, claims) if claim is not None]
         return Sweep(tuple(readable), tuple((pool.decode(), number) for pool, number in rings))
+
+
+def _text(value: Any) -> str:
+    return str(value.decode())
 
 
 @lru_cache(maxsize=1)

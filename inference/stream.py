@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -57,7 +57,7 @@ def encode_finished(finished: Finished, worker_id: str) -> bytes:
             "reason": finished.reason.value,
             "stop_word": finished.stop_word,
             "error": finished.error,
-            "receipt": asdict(finished.receipt),
+            "receipt": finished.receipt,
             "worker": worker_id,
         }
     )
@@ -199,13 +199,13 @@ class StreamWriter:
                 if not self._inbox and not (self._stopping and backoff == 0.0):
                     self._news.wait(backoff or self._patience())
                 inbox, self._inbox = self._inbox, []
-                if self._stopping and not inbox and not any(item.has_news() for item in self._open.values()):
+                if self._stopping and not inbox and not any(item.has_news() for item in self._all()):
                     return
             now = time.monotonic()
             for request_id, event in inbox:
                 self._note(request_id, event, now)
             try:
-                self._flush([item for item in self._open.values() if item.is_due(now) or self._stopping])
+                self._flush([item for item in self._all() if item.is_due(now) or self._stopping])
                 backoff = 0.0
             except redis.RedisError as error:
                 backoff = min(MAX_BACKOFF_SECONDS, backoff * 2 or 0.05)
@@ -214,9 +214,13 @@ class StreamWriter:
                 backoff = MAX_BACKOFF_SECONDS
                 logger.exception("publishing failed")
 
+    def _all(self) -> list[_Outgoing]:
+        """A copy in one step of the interpreter: task threads add to the original."""
+        return list(self._open.values())
+
     def _patience(self) -> float | None:
         """How long nothing can become due by itself; None for ever."""
-        return LINGER_SECONDS / 2 if any(item.has_news() for item in self._open.values()) else None
+        return LINGER_SECONDS / 2 if any(item.has_news() for item in self._all()) else None
 
     def _note(self, request_id: str, event: TokenEvent | End, now: float) -> None:
         item = self._open.get(request_id)
@@ -242,7 +246,7 @@ class StreamWriter:
         for item in due:
             arguments = item.pack()
             if item.ends_in_flight and item.end is not None and item.end.before:
-                pipe.execute_command(*item.end.before)
+                pipe.execute_command(*item.end.before)  # type: ignore[no-untyped-call]
             places.append(len(pipe))
             pipe.evalsha(self._script.sha, 2, item.ticket_key, item.key, *arguments)
         all_replies = pipe.execute(raise_on_error=False)
@@ -273,7 +277,15 @@ class StreamWriter:
 def end_claimed(client: redis.Redis, lease: Lease, final: bytes, outcome: bytes) -> bool:
     """The last event of a ticket that was claimed, by whoever claimed it. False if another has claimed it since."""
     ticket = lease.ticket
-    head = [ticket.request_id, lease.token, 0, DONE_TTL_SECONDS, ticket.max_tokens + SPARE_EVENTS, outcome, final]
+    head: list[Any] = [
+        ticket.request_id,
+        lease.token,
+        0,
+        DONE_TTL_SECONDS,
+        ticket.max_tokens + SPARE_EVENTS,
+        outcome,
+        final,
+    ]
     reply = script(client, "append")(keys=[ticket_key(ticket.request_id), stream_key(ticket.request_id)], args=head)
     return bool(reply)
 
@@ -393,7 +405,7 @@ class StreamReader:
                 return
 
     async def _range(self, request_id: str, last_id: str) -> list[StreamEvent]:
-        entries = await self._client.xrange(stream_key(request_id), min=f"({last_id}")
+        entries: Any = await self._client.xrange(stream_key(request_id), min=f"({last_id}")
         return [_event(entry_id, values[b"e"]) for entry_id, values in entries]
 
     def _wake(self) -> None:
@@ -417,7 +429,7 @@ class StreamReader:
     async def _run(self) -> None:
         backoff = 0.05
         while True:
-            connection = self._client.connection_pool.make_connection()
+            connection = self._client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
             try:
                 await connection.connect()
                 while True:
@@ -426,8 +438,8 @@ class StreamReader:
                         await self._changed.wait()
                     await self._read(connection)
                     backoff = 0.05
-            except (redis.RedisError, OSError) as error:
-                logger.warning("the stream reader connects again: %s", error)
+            except Exception as error:  # noqa: BLE001 - logged; this task must outlive whatever comes: all streams hang on it
+                logger.warning("the stream reader connects again: %r", error)
                 await asyncio.sleep(backoff)
                 backoff = min(MAX_BACKOFF_SECONDS, backoff * 2)
             finally:
@@ -472,15 +484,19 @@ class StreamReader:
             if not quiet:
                 continue
             try:
-                async with self._client.pipeline(transaction=False) as pipe:
-                    for name in quiet:
-                        pipe.hget(ticket_key(name), "state")
-                    states = await pipe.execute()
+                states = await self._states(quiet)
             except (redis.RedisError, OSError) as error:
                 logger.warning("live requests could not be checked: %s", error)
                 continue
             for name, state in zip(quiet, states, strict=True):
                 self._judge(name, state)
+
+    async def _states(self, request_ids: Sequence[str]) -> list[bytes | None]:
+        async with self._client.pipeline(transaction=False) as pipe:
+            for request_id in request_ids:
+                pipe.hget(ticket_key(request_id), "state")
+            states: list[bytes | None] = await pipe.execute()
+            return states
 
     def _judge(self, request_id: str, state: bytes | None) -> None:
         followed = self._streams.get(request_id)

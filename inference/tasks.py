@@ -9,7 +9,7 @@ import logging
 
 from celery import shared_task
 
-from inference import reaper, worker
+from inference import broker_guard, reaper, worker
 from inference.doorbell import SERVE
 from inference.queue import ticket_queue
 from llmsite.celery import app
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 SWEEP = "inference.sweep"
 
 app.steps["worker"].add(worker.HostStep)
+broker_guard.install(app)
 
 
 @shared_task(name=SERVE, ignore_result=True)

@@ -74,7 +74,8 @@ class Trial:
             stdout=answers,
             stderr=logs,
             cwd=BASE_DIR,
-            env={**environment, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"},
+            # llama.cpp checks each tensor in a thread of its own: an arena each would use up the address space
+            env={**environment, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         )
         try:
             child.communicate(json.dumps({**question, **limits}).encode(), timeout=self.wall_seconds)

@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_OUTPUT_BYTES = 16 << 20
 TRIAL_CONTEXT = 256
 TRIAL_TOKENS = 8
-THREAD_STACK_BYTES = 2 << 20
+THREAD_STACK_BYTES = 1 << 20
 
 
 class Unfit(Exception):
@@ -35,10 +35,10 @@ def main() -> None:
 
 def answer_with(examiner: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Read the question, set the limits, write what `examiner` finds or why it is unfit, and end the process."""
+    start_again_with_small_stacks()
     question = json.load(sys.stdin)
     tie_to(question["parent"])
     limit(question["max_memory_bytes"], question["cpu_seconds"])
-    shrink_thread_stacks()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp must not write into the answer
     try:
@@ -50,6 +50,15 @@ def answer_with(examiner: Callable[[dict[str, Any]], dict[str, Any]]) -> NoRetur
     answer.write(json.dumps(report))
     answer.flush()
     os._exit(0)  # nothing to tidy up, and no destructor that could crash after the answer
+
+
+def start_again_with_small_stacks() -> None:
+    """llama.cpp checks every tensor in a thread of its own, hundreds at once on a busy machine, and 8 MiB of address
+    space for each stack met the limit below. Their size is fixed when a process starts: so it starts once more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if sys.platform == "linux" and (soft == resource.RLIM_INFINITY or soft > THREAD_STACK_BYTES):
+        resource.setrlimit(resource.RLIMIT_STACK, (THREAD_STACK_BYTES, hard))
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def tie_to(parent: int) -> None:
@@ -66,16 +75,6 @@ def limit(memory_bytes: int, cpu_seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES))
     if sys.platform == "linux":  # elsewhere the address space holds more than the process uses
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-
-
-def shrink_thread_stacks() -> None:
-    """Checking tensors starts a thread for each: with the usual 8 MiB, their stacks alone would fill the limit."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "pthread_setattr_default_np"):
-        attributes = ctypes.create_string_buffer(64)  # <bits/pthreadtypes.h>: 56 bytes
-        library.pthread_attr_init(attributes)
-        library.pthread_attr_setstacksize(attributes, ctypes.c_size_t(THREAD_STACK_BYTES))
-        library.pthread_setattr_default_np(attributes)
 
 
 def examine(path: Path, vocabulary: Path) -> dict[str, Any]:

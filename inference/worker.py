@@ -176,6 +176,8 @@ class WorkerHost:
 
     def _take(self) -> _Live | None:
         """One at a time, so that a ticket is only taken for a slot that is free."""
+        if not any(model.takes for model in list(self._models.values())):
+            return None  # whoever frees a slot looks again
         with self._lock:
             if self._stopping.is_set():
                 return None
@@ -286,7 +288,7 @@ class WorkerHost:
         """Cancels come by publish within milliseconds; those lost on the way come with the next beat."""
         while not self._gone.is_set():
             try:
-                with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
                     pubsub.subscribe(f"cancel:{self.worker_id}")
                     while not self._gone.is_set():
                         message = pubsub.get_message(timeout=1.0)
@@ -327,7 +329,7 @@ class WorkerHost:
 
     def _end_lost_leases(self, leases: frozenset[str]) -> None:
         """Leases whose `take` was answered into a broken connection: nobody serves them, so they are given up."""
-        unknown = leases - self._live.keys() - self._ended.keys()
+        unknown = leases - frozenset(self._live) - frozenset(self._ended)
         self._unknown_leases = {each: self._unknown_leases.get(each, 0) + 1 for each in unknown}
         lost = [each for each, beats in self._unknown_leases.items() if beats > LOST_LEASE_BEATS]
         if lost:
@@ -348,7 +350,6 @@ class WorkerHost:
         now = time.monotonic()
         if self._free_and_waiting_since is None:
             self._free_and_waiting_since = now
-            return
         self._ring(min(num_waiting, free))
         if now - self._free_and_waiting_since > STUCK_SECONDS and self._on_stuck is not None:
             logger.critical("tickets wait while slots are free for %d s: this worker ends", STUCK_SECONDS)
@@ -445,7 +446,7 @@ def current_host() -> WorkerHost | None:
     return _host
 
 
-class HostStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class HostStep(bootsteps.StartStopStep):
     """Models are loaded before the consumer takes anything, and drained before the pool waits for its threads."""
 
     requires = ("celery.worker.components:Pool",)

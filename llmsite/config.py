@@ -257,9 +257,10 @@ class Config(BaseSettings):
         """Celery's options of the Redis transport, the same for web, worker and beat."""
         is_socket = self.broker_url.startswith("redis+socket")
         return {
+            # A doorbell says only that something waits, and the sweep rings again for those that are lost: keeping
+            # unacknowledged messages in Redis cost two round trips and 0.7 ms of the worker's time a request.
+            "ack_emulation": False,
             "visibility_timeout": 900,
-            "unacked_restore_interval": 2,
-            "unacked_restore_throttle": 1,
             "health_check_interval": 10,
             "socket_timeout": 30,
             "socket_connect_timeout": 2,

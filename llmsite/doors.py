@@ -18,7 +18,7 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import Resolver404, ResolverMatch, get_resolver
 
-from llmsite.guard import App, Receive, Scope, Send
+from llmsite.guard import App, Receive, Scope, Send, Unreadable
 
 View = Callable[..., Awaitable[HttpResponseBase]]
 
@@ -29,7 +29,10 @@ class ApiDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match: ResolverMatch = scope["llmsite.match"]
         body = (await receive()).get("body", b"")
-        request = ASGIRequest(dict(scope), BytesIO(body))
+        try:
+            request = ASGIRequest(dict(scope), BytesIO(body))
+        except UnicodeDecodeError as error:
+            raise Unreadable("The query of the address is not UTF-8.") from error
         request._body = body
         request.resolver_match = match
         await self._serve(match.func(request, *match.args, **match.kwargs), receive, send)

@@ -8,6 +8,7 @@ HeaderDeadlineProtocol bounds what no ASGI application can see: the time and siz
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
 import uuid
@@ -37,10 +38,24 @@ STATUS_CLIENT_GONE = 499
 """Only ever logged: nobody is left to read a status."""
 
 log = structlog.get_logger("llmsite.request")
+_ids = random.Random()
+
+
+def new_request_id() -> str:
+    """A UUID of version 4. An id is no secret, so it does not cost a call into the kernel as uuid.uuid4 does."""
+    return str(uuid.UUID(int=_ids.getrandbits(128), version=4))
 
 
 class BodyTooLarge(Exception):
     """The declared or the streamed body is over the limit."""
+
+
+class BodyTooSlow(Exception):
+    """The body did not arrive before its deadline."""
+
+
+class Unreadable(Exception):
+    """A request that cannot be understood, such as one whose query is no UTF-8."""
 
 
 class ClientGone(Exception):
@@ -76,14 +91,17 @@ class Exchange:
     started_at: float = field(default_factory=time.perf_counter)
 
     async def read_body(self) -> None:
-        """Raises BodyTooLarge, ClientGone, or TimeoutError at the deadline."""
+        """Raises BodyTooLarge, BodyTooSlow or ClientGone."""
         if _content_length(self.scope) > self.bounds.max_body_bytes:
             raise BodyTooLarge
-        async with asyncio.timeout(self.bounds.body_seconds):
-            message = await self._next_part()
-            body = message.get("body", b"")
-            if message.get("more_body"):
-                body = await self._read_on(bytearray(body))
+        try:
+            async with asyncio.timeout(self.bounds.body_seconds):
+                message = await self._next_part()
+                body = message.get("body", b"")
+                if message.get("more_body"):
+                    body = await self._read_on(bytearray(body))
+        except TimeoutError as error:
+            raise BodyTooSlow from error
         if len(body) > self.bounds.max_body_bytes:
             raise BodyTooLarge
         self.body = body
@@ -190,7 +208,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self.bounds, request_id=str(uuid.uuid4()))
+        exchange = Exchange(scope, receive, send, self.bounds, request_id=new_request_id())
         scope[REQUEST_ID] = exchange.request_id
         scope[REQUEST_LOG] = exchange.fields
         _note_client_id(scope, exchange.fields)
@@ -207,13 +225,19 @@ class Guard:
             limit = self.bounds.max_body_bytes
             text = f"The request body is over the limit of {limit} bytes."
             await exchange.refuse(413, "request_too_large", text, drain=True, max_body_bytes=limit)
-        except TimeoutError:
-            if exchange.status:
-                raise
+        except BodyTooSlow:
             text = f"The request body did not arrive within {self.bounds.body_seconds:g} seconds."
             await exchange.refuse(408, "request_timeout", text)
+        except Unreadable as error:
+            await exchange.refuse(400, "bad_request", str(error))
         except (ClientGone, ClientTooSlow) as error:
             exchange.fields["error_type"] = "client_gone" if isinstance(error, ClientGone) else "client_too_slow"
+        except Exception as error:  # the process's border: views answer their own errors
+            log.exception("the application failed", request_id=exchange.request_id)
+            if exchange.status:
+                raise
+            text = "The server had an error while processing the request."
+            await exchange.refuse(500, "internal_error", text, exc_type=type(error).__name__)
 
 
 def _content_length(scope: Scope) -> int:
@@ -292,7 +316,7 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         self._headers_came()
         if self.transport.is_closing():
             return
-        body = orjson.dumps({"code": code, "message": message, "request_id": str(uuid.uuid4())})
+        body = orjson.dumps({"code": code, "message": message, "request_id": new_request_id()})
         head = f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()

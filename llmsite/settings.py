@@ -146,6 +146,7 @@ SPECTACULAR_SETTINGS = {
     "TITLE": "llmsite",
     "DESCRIPTION": "Serve GGUF models and LoRA adapters to many tenants.",
     "VERSION": "0.1.0",
+    "OAS_VERSION": "3.1.0",  # pydantic's schemas are of that version
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",

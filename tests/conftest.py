@@ -35,6 +35,8 @@ OUTER_REDIS_URL = os.environ.get("LLMSITE_TEST_REDIS_URL", "")
 OUTER_DATABASE_URL = os.environ.get("LLMSITE_TEST_DATABASE_URL", "")
 REQUIRE_SERVICES = os.environ.get("REQUIRE_SERVICES", "") not in {"", "0", "false"}
 
+if "llmsite.settings" in sys.modules:  # pytest-django was quicker, and with somebody else's environment
+    raise pytest.UsageError("DJANGO_SETTINGS_MODULE is set: unset it, the tests choose their settings themselves.")
 for name in Config.model_fields:
     os.environ.pop(name.upper(), None)
 os.environ.update(
@@ -49,7 +51,11 @@ os.environ.update(
 )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Set Django up where tests run. Whoever only hands them out must not pass its own settings on to those who do."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        del os.environ["DJANGO_SETTINGS_MODULE"]
+        return
     import django
 
     django.setup()

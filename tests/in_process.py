@@ -7,6 +7,7 @@ API_BASE and API_KEY in the environment, `api` talks to that deployment instead,
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import socket
 import threading
@@ -256,10 +257,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not API_BASE:
         return
     inside = {"site", "db", "transactional_db", "cast", "valkey", "monkeypatch"}
-    keep = [
-        item
-        for item in items
-        if "api" in getattr(item, "fixturenames", ()) and inside.isdisjoint(getattr(item, "fixturenames", ()))
-    ]
+    asked = {item: set(inspect.signature(item.function).parameters) for item in items if hasattr(item, "function")}
+    keep = [item for item in items if "api" in asked.get(item, ()) and inside.isdisjoint(asked[item])]
     config.hook.pytest_deselected(items=[item for item in items if item not in keep])
     items[:] = keep

@@ -5,6 +5,7 @@ Run against a deployment with API_BASE=http://... API_KEY=...; the tests that lo
 
 from __future__ import annotations
 
+import socket
 import uuid
 from typing import Any
 
@@ -62,10 +63,10 @@ def test_the_same_seed_gives_the_same_text(api: Client) -> None:
 
 
 def test_a_stop_string_ends_the_output_and_is_not_part_of_it(api: Client) -> None:
-    prompt = fresh()
-    whole = api.generate(prompt, temperature=0, max_new_tokens=12).json()["output"]
-    word = whole.split()[3]
-    cut = api.generate(prompt, temperature=0, max_new_tokens=12, stop=[word]).json()["output"]
+    prompt = "The capital of France is"
+    whole = api.generate(prompt, temperature=0, max_new_tokens=12, cache=False).json()["output"]
+    word = whole.split()[-1]
+    cut = api.generate(prompt, temperature=0, max_new_tokens=12, cache=False, stop=[word]).json()["output"]
     assert word not in cut
     assert whole.startswith(cut)
 
@@ -280,6 +281,14 @@ def test_a_body_without_a_length_is_counted(api: Client) -> None:
 
     reply = api.post("/v1/generate", content=parts())
     assert (reply.status_code, reply.json()["code"]) == (413, "request_too_large")
+
+
+def test_an_address_that_is_no_text_is_refused(api: Client) -> None:
+    host, port = api.base_url.host, api.base_url.port
+    assert port is not None
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(b"GET /v1/me?x=\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
 def test_an_unknown_path_and_a_wrong_method_are_told_in_the_same_shape(api: Client) -> None:

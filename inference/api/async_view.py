@@ -16,6 +16,7 @@ import orjson
 from asgiref.sync import iscoroutinefunction
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from pydantic import BaseModel
+from rest_framework.parsers import JSONParser
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
@@ -26,6 +27,7 @@ from accounts.refusals import Refusal
 from inference.api.errors import JSON_TYPE, NATIVE, ErrorShape, error_response, to_refusal
 from inference.api.headers import Rate, add_headers, log_fields, rate_headers, request_id_of
 from inference.api.hop import shared_hop
+from inference.api.schema import ApiSchema
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -60,9 +62,10 @@ class AsyncAPIView(APIView):
     route: ClassVar[str] = ""
     """The name under which the request is logged, measured and kept in its receipt."""
     stage: str = "request"
+    schema = ApiSchema()
     authentication_classes = [APIKeyAuthentication]
     permission_classes = []  # `scopes` says it; tests hold every view of the URL table to it
-    parser_classes = []
+    parser_classes = [JSONParser]  # for the OpenAPI document: bodies are parsed by `parse`
 
     request_rate: Rate | None = None
     token_rate: Rate | None = None

@@ -36,6 +36,7 @@ STATUS: dict[str, int] = {
     "empty_prompt": 400,
     "capability_not_supported": 400,
     "prompt_not_tokenizable": 400,
+    "tokenizer_failed": 400,
     "invalid_token": 400,
     "missing_api_key": 401,
     "invalid_api_key": 401,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import include, path, re_path
 from django.views.generic import RedirectView
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from drf_spectacular.views import SpectacularJSONAPIView, SpectacularSwaggerView
 from rest_framework.routers import SimpleRouter
 
 from inference.api import health, metrics_view
@@ -45,7 +45,7 @@ urlpatterns = [
     path("v1/admin/reports/summary", operator.SummaryView.as_view(), name="admin-summary"),
     path("v1/admin/", include(router.urls)),
     # documents
-    path("openapi.json", SpectacularAPIView.as_view(), name="schema"),
+    path("openapi.json", SpectacularJSONAPIView.as_view(), name="schema"),
     path("docs/", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
     path("", RedirectView.as_view(pattern_name="docs", permanent=False)),
 ]

@@ -24,6 +24,8 @@ from inference.bench.site import GENERATE, Site, running
 
 ROUNDS = 5
 RECEIPT_SECONDS = 10.0
+METRICS_SECONDS = 0.8
+"""The worker publishes its engine's counters with its heartbeat, every half second."""
 STEPS_METRIC = "llm_engine_decode_steps_total"
 SEQUENCES_METRIC = "llm_engine_decode_sequences_total"
 MOST_RATIO = 0.88
@@ -145,13 +147,14 @@ def _run(site: Site, options: BatchOptions, number: int, at_once: bool) -> Batch
         replies = [reply for reply in clients.map(ask, texts) if reply]
     seconds = time.perf_counter() - started
     receipts = [_receipt(site, reply.headers["x-request-id"]) for reply in replies]
+    time.sleep(METRICS_SECONDS)
     return BatchRun(
         round=number,
         at_once=at_once,
         seconds=seconds,
         latencies=[reply.seconds for reply in replies],
-        num_tokens=sum(int(receipt["completion_tokens"]) for receipt in receipts),
-        batch_sizes=[float(receipt["mean_decode_batch_size"]) for receipt in receipts],
+        num_tokens=sum(int(receipt["usage"]["completion_tokens"]) for receipt in receipts),
+        batch_sizes=[float(receipt["receipt"]["mean_decode_batch_size"]) for receipt in receipts],
         metrics_batch_size=mean_step(steps_before, decode_totals(site.metrics())),
         errors=errors,
     )
@@ -163,13 +166,14 @@ def _one(site: Site, prompt: str, max_tokens: int) -> calls.Reply:
 
 
 def _receipt(site: Site, request_id: str) -> Any:
-    """The receipt, once it is settled: settlement follows the answer."""
+    """The receipt of a request that has just ended: it may take a moment until it can be read. Raises CallRefused."""
     deadline = time.monotonic() + RECEIPT_SECONDS
-    while True:
+    while time.monotonic() < deadline:
         found = calls.call(site.port, "GET", f"/v1/requests/{request_id}", key=site.key).json()
-        if "mean_decode_batch_size" in found or time.monotonic() > deadline:
+        if "receipt" in found:
             return found
         time.sleep(0.05)
+    raise calls.CallRefused(f"request {request_id} has no receipt after {RECEIPT_SECONDS:.0f} s")
 
 
 def _model(site: Site) -> str:

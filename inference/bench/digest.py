@@ -30,6 +30,7 @@ BASELINES = {
     "litellm_stream": "direct_stream",
 }
 
+MAX_ERROR_CHARACTERS = 120
 MOST_ADDED_MS = 6.0
 LEAST_RATE, STRETCH_RATE = 150.0, 250.0
 LEAST_RATIO, STRETCH_RATIO = 1.5, 2.5
@@ -96,7 +97,8 @@ class Rounds:
         num_errors = sum(point.num_errors for point in points)
         if num_errors:
             first = next(error for point in points for error in point.errors)
-            return f"void: {num_errors} errors in {sum(point.num_sent for point in points)} requests; {first}"
+            num_sent = sum(point.num_sent for point in points)
+            return f"void: {num_errors} errors in {num_sent} requests; {first[:MAX_ERROR_CHARACTERS]}"
         if any(not point.latencies for point in points):
             return "void: a round without an answer"
         return None if points else "not measured"

@@ -22,6 +22,18 @@ def describe() -> dict[str, object]:
     }
 
 
+def busyness(described: dict[str, object]) -> list[str]:
+    """A sentence if the machine had other work before the run: latencies say little then, ratios and counts do."""
+    load, cores = described["load_average_before"], described["cores"]
+    assert isinstance(load, float)
+    assert isinstance(cores, int)
+    if load <= cores / 4:
+        return []
+    return [
+        f"The machine was busy before the run (load average {load} on {cores} cores): measure again when it is idle."
+    ]
+
+
 def versions() -> dict[str, str]:
     """Versions of llmsite's parts that are installed."""
     found = {}

@@ -34,6 +34,10 @@ STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
 
+DRIFT_WEIGHT = 0.2
+"""How much the latest step counts for how far reality is from the measured cost curve."""
+
+
 def draw_seed() -> int:
     return secrets.randbits(32)
 
@@ -60,6 +64,7 @@ class Engine:
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: dict[str, Sequence] = {}
         self._next_deadline = math.inf
+        self._drift = 1.0  # seconds that steps really take, per expected second
         self._counters = Counters()
         self._events: list[TokenEvent] = []
 
@@ -158,7 +163,7 @@ class Engine:
             free_slots=free,
             num_slots=self._slots.num_slots,
             max_step_tokens=self._backend.max_step_tokens,
-            step_seconds=self._step_seconds,
+            step_seconds=self._step_seconds / self._drift,
             cost=self._backend.cost,
         )
 
@@ -209,6 +214,7 @@ class Engine:
         now = self._clock()
         step = self._counters.num_steps
         self._count(work, now - started, now)
+        self._observe(sum(len(part.tokens) for part in work.values()), now - started)
         for (request_id, part), tokens in zip(work.items(), outputs, strict=True):
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens), len(work))
@@ -226,6 +232,16 @@ class Engine:
             seconds=seconds,
         )
         self._counters.last_step_at = now
+
+    def _observe(self, num_tokens: int, seconds: float) -> None:
+        """Learn how much slower or faster than measured the machine is now: it may be busy, or contexts long.
+
+        One step counts between a quarter and four times the expectation, so that an outlier does not shrink chunks.
+        """
+        expected = self._backend.cost.seconds(num_tokens) * self._drift
+        if expected > 0:
+            ratio = min(max(seconds / expected, 0.25), 4.0)
+            self._drift *= 1 + DRIFT_WEIGHT * (ratio - 1)
 
     def _extend(self, sequence: Sequence, tokens: tuple[int, ...], now: float) -> None:
         """Commit sampled tokens one by one until one of them ends the sequence."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from inference.structured.gbnf_ambiguity import ALL_CHARACTERS, Form, mask_of, too_ambiguous
 from inference.structured.gbnf_tree import (
     MAX_REPETITION,
     AnyChar,
@@ -24,21 +25,28 @@ from inference.structured.gbnf_tree import (
     TokenRef,
 )
 
-TERMINAL = -1
-
 Items = list[int]
-"""A sequence: numbers of rules, and TERMINAL for a run of characters."""
+"""A sequence: numbers of rules, and -1 - k for a run of characters whose first is of the set Expansion.masks[k]."""
 
 
 def check(grammar: Grammar, limits: Limits) -> None:
     """Refuse undefined rules, a missing root, left recursion, and what costs more than the limits. See `validate`."""
     _check_references(grammar)
     _check_products(grammar, limits)
-    rules = Expansion(grammar, limits).rules
+    expansion = Expansion(grammar, limits)
+    rules = expansion.rules
+    empty = _reducible(rules, characters_count=True)
+    order = _check_starts(grammar, rules, empty, limits)
     ending = _reducible(rules, characters_count=False)
     if not ending[next(number for number, rule in enumerate(rules) if rule.owner == "root")]:
         raise grammar.error("never_ends", "no text of finite length satisfies rule 'root'", grammar.offsets["root"])
-    _check_starts(grammar, rules, limits)
+    if limits.num_places is not None:
+        form = Form([rule.alternatives for rule in rules], expansion.masks, empty, order)
+        culprit = too_ambiguous(form, limits.num_places)
+        if culprit is not None:
+            name = rules[culprit].owner
+            message = f"alternatives of rule '{name}' begin alike: write what they have in common once, before them"
+            raise grammar.error("too_ambiguous", message, grammar.offsets[name])
 
 
 @dataclass(slots=True)
@@ -101,7 +109,9 @@ class Expansion:
         self._numbers: dict[str, int] = {}
         self._num_elements = 0
         self._owner = ""
+        self._mask_numbers: dict[int, int] = {}
         self.rules: list[Rule] = []
+        self.masks: list[int] = []
         for name, alternatives in grammar.rules.items():
             self._owner = name
             self._define(self._number(name), alternatives)
@@ -110,6 +120,13 @@ class Expansion:
         if name not in self._numbers:
             self._numbers[name] = self._new_rule(name)
         return self._numbers[name]
+
+    def _characters(self, mask: int) -> int:
+        """The item for characters the first of which is of a set."""
+        if mask not in self._mask_numbers:
+            self._mask_numbers[mask] = len(self.masks)
+            self.masks.append(mask)
+        return -1 - self._mask_numbers[mask]
 
     def _new_rule(self, owner: str) -> int:
         if len(self.rules) >= self._limits.num_rules:
@@ -148,13 +165,15 @@ class Expansion:
                 return self._lower_repeat(node, self._lower(node.node))
             case Literal(text=text):
                 self._count(len(text))
-                return _Lowered([TERMINAL] if text else [], len(text), 1)
-            case Chars(ranges=ranges):
+                return _Lowered(
+                    [self._characters(mask_of(((ord(text[0]),) * 2,), negated=False))] if text else [], len(text), 1
+                )
+            case Chars(ranges=ranges, negated=negated):
                 self._count(2 * len(ranges))
-                return _Lowered([TERMINAL], 2 * len(ranges), 1)
+                return _Lowered([self._characters(mask_of(ranges, negated=negated))], 2 * len(ranges), 1)
             case AnyChar() | TokenRef():
                 self._count(1)
-                return _Lowered([TERMINAL], 1, 1)
+                return _Lowered([self._characters(ALL_CHARACTERS)], 1, 1)
 
     def _lower_group(self, alternatives: tuple[tuple[Node, ...], ...]) -> _Lowered:
         before = len(self.rules)
@@ -171,6 +190,8 @@ class Expansion:
             raise self._grammar.error("repetition", message, repeat.offset)
         num_optional = 1 if repeat.high is None else repeat.high - repeat.low
         self._count(lowered.weight * max(repeat.low - 1, 0) + (lowered.weight + 3) * num_optional)
+        if len(self.rules) + num_optional > self._limits.num_rules:
+            raise self._too_large("rules", self._limits.num_rules)
         items = lowered.items * repeat.low
         weight = lowered.weight * repeat.low
         if not num_optional:
@@ -199,7 +220,7 @@ def _reducible(rules: list[Rule], *, characters_count: bool) -> list[bool]:
     ready: deque[int] = deque()
     for number, rule in enumerate(rules):
         for items in rule.alternatives:
-            needed = [item for item in items if item != TERMINAL]
+            needed = [item for item in items if item >= 0]
             if characters_count and len(needed) < len(items):
                 continue
             counter = [len(needed)]
@@ -231,7 +252,7 @@ def _start(rule: Rule, empty: list[bool]) -> _Start:
     start = _Start([], 0)
     for items in rule.alternatives:
         for item in items:
-            if item == TERMINAL:
+            if item < 0:
                 start.num_places += 1
                 break
             start.rules.append(item)
@@ -242,16 +263,17 @@ def _start(rule: Rule, empty: list[bool]) -> _Start:
     return start
 
 
-def _check_starts(grammar: Grammar, rules: list[Rule], limits: Limits) -> None:
+def _check_starts(grammar: Grammar, rules: list[Rule], empty: list[bool], limits: Limits) -> list[int]:
     """Refuse left recursion, and starts that branch or nest so much that llama.cpp's own check would not end.
 
     Depth first over "may come first in", children before parents; visits[n] is what llama.cpp's check costs from n.
+    Returns the rules in that order.
     """
-    empty = _reducible(rules, characters_count=True)
     starts = [_start(rule, empty) for rule in rules]
     depths, visits, places = [0] * len(rules), [0] * len(rules), [0] * len(rules)
     total_visits = 0
-    for number in _children_first(grammar, rules, starts):
+    order = _children_first(grammar, rules, starts)
+    for number in order:
         start, rule = starts[number], rules[number]
         depths[number] = 1 + max((depths[first] for first in start.rules), default=0)
         visits[number] = rule.weight + sum(visits[first] for first in start.rules)
@@ -264,6 +286,7 @@ def _check_starts(grammar: Grammar, rules: list[Rule], limits: Limits) -> None:
         ):
             message = f"rule '{rule.owner}' can start in too many ways"
             raise grammar.error("too_ambiguous", message, grammar.offsets[rule.owner])
+    return order
 
 
 def _children_first(grammar: Grammar, rules: list[Rule], starts: list[_Start]) -> list[int]:

@@ -36,9 +36,14 @@ class Limits:
     start_visits: int = 5_000_000
     """Elements which that search visits; it remembers nothing, so a few lines can ask for 2^40 of them."""
 
+    num_places: int | None = 20_000
+    """Places that may be open at once anywhere in a text, by an estimate from above; None does not estimate."""
+
 
 REQUEST_LIMITS = Limits()
-GENERATED_LIMITS = Limits(num_bytes=262_144, num_rules=20_000, num_elements=100_000, start_visits=20_000_000)
+GENERATED_LIMITS = Limits(
+    num_bytes=262_144, num_rules=20_000, num_elements=100_000, start_visits=20_000_000, num_places=None
+)
 
 
 # The tree. A sequence is a tuple of nodes, alternatives are a tuple of sequences.

@@ -454,9 +454,9 @@ class _Compiler:
         place = at(pointer, "pattern")
         if "format" in flat:
             raise SchemaError("unsupported", place, "pattern and format at once")
-        limit = max(low, self._bounds.max_string)
+        limit = self._bounds.cap(high, self._bounds.max_string, low)
         try:
-            piece = pattern_piece(flat["pattern"], low, high, default_high=limit)
+            piece = pattern_piece(flat["pattern"], low, limit)
         except PatternError as error:
             raise SchemaError("unsupported", place, str(error)) from error
         return string_forms.quoted(self._rules.name("pattern", piece) if piece.text else EMPTY)

@@ -62,24 +62,23 @@ class _Repeat:
 _Node = _Chars | _Sequence | _Choice | _Repeat
 
 
-def pattern_piece(pattern: str, low: int, high: int | None, *, default_high: int) -> Piece:
+def pattern_piece(pattern: str, low: int, high: int) -> Piece:
     """Strings of low to high characters that match, as they stand between quotation marks.
 
     A single repeated character is cut to the lengths; else open repetitions are bounded so that no text is longer than
-    high (default_high without one), and a pattern with texts too short is refused. Raises PatternError.
+    high, and a pattern with texts too short, or too long without open repetitions, is refused. Raises PatternError.
     """
     if len(pattern) > MAX_PATTERN:
         raise PatternError(f"a pattern of more than {MAX_PATTERN} characters")
     node = _Parser(pattern).pattern()
-    limit = default_high if high is None else high
     if isinstance(node, _Repeat) and isinstance(node.node, _Chars):
-        return _repeated_char(node, node.node, low, limit)
+        return _repeated_char(node, node.node, low, high)
     if _shortest(node) < low:
         raise PatternError("matches texts shorter than minLength")
-    bound = limit
-    while _longest(node, bound) > limit:
+    bound = high
+    while _longest(node, bound) > high:
         if bound == 0:
-            raise PatternError(f"matches texts longer than {limit} characters")
+            raise PatternError(f"matches texts longer than {high} characters")
         bound //= 2
     return _emit(node, bound)
 

@@ -80,6 +80,8 @@ class Rules:
 
     def name(self, hint: str, piece: Piece) -> Piece:
         """A reference to a rule with this body; an equal rule that exists already is used again."""
+        if not piece.text:
+            return EMPTY  # an empty body would swallow the next line
         if piece.text not in self._names:
             self._names[piece.text] = self._free_name(hint)
         return Piece(self._names[piece.text], piece.longest)

@@ -170,6 +170,8 @@ class Supervisor:
         while not valkey.answers(plan.socket):
             if child.failures > 2 or time.monotonic() > deadline:
                 raise StartError(f"The embedded Valkey does not start; its data is in {plan.folder}.")
+            if self.stop_signals:
+                raise StopRequested
             self._turn(0.02)
 
     def _valkey_plan(self) -> valkey.ValkeyPlan:

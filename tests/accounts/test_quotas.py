@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -353,3 +354,8 @@ def test_counters_that_moved_are_found_by_the_update(cast: Cast) -> None:
     with pytest.raises(quota_rows.CountersMoved), transaction.atomic():
         quota_rows.move({period.pk: quota_rows.Movement(used_requests=1, request_limit=1)})
     quota_rows.move({})
+
+
+def test_these_tests_run_on_the_database_that_was_asked_for() -> None:
+    asked = "postgresql" if os.environ.get("LLMSITE_TEST_DATABASE_URL") else "sqlite"
+    assert connection.vendor == asked

@@ -225,6 +225,28 @@ def test_a_long_prompt_never_keeps_a_generating_neighbour_waiting(clock: HandClo
     assert bench.finished["reader"].receipt.num_steps == 10
 
 
+def test_chunks_shrink_on_a_machine_slower_than_measured_and_grow_back(clock: HandClock) -> None:
+    slowness = [5.0]
+
+    class Busy(FakeBackend):
+        def execute(self, work: Sequence[SlotWork], adapters: Any) -> list[tuple[int, ...]]:
+            clock.sleep((slowness[0] - 1) * self.cost.seconds(sum(len(part.tokens) for part in work)))
+            return super().execute(work, adapters)
+
+    def duration() -> float:
+        before = clock()
+        bench.step()
+        return clock() - before
+
+    bench = Bench(clock, Busy(1, 5000, seconds_per_token=0.001, sleep=clock.sleep))
+    bench.add(prompt=tuple(range(4900)))
+    assert duration() == pytest.approx(0.5)
+    assert [duration() for _ in range(20)][-1] == pytest.approx(0.1, rel=0.1)
+    slowness[0] = 1.0
+    assert duration() < 0.03
+    assert [duration() for _ in range(20)][-1] == pytest.approx(0.1, rel=0.1)
+
+
 def test_receipts_count_what_was_executed(clock: HandClock) -> None:
     bench = Bench(clock, FakeBackend(2, 64, seconds_per_step=1.0, sleep=clock.sleep))
     bench.add("a", max_tokens=4)

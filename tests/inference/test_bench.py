@@ -11,9 +11,11 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
+from django.core.management import CommandError, call_command
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -31,12 +33,13 @@ from inference.bench import (
     page,
     peer,
     report,
+    site,
     tables,
 )
 from inference.bench.digest import digest
 from inference.bench.figures import Spread, added, pack, percentile, ratio, thin, unpack
 from inference.bench.load import NUMBER, LoadFailed, LoadJob, _Load, run_load
-from inference.bench.upstream import render_answers, split_text
+from inference.bench.upstream import _Upstream, render_answers, split_text
 from inference.bench.wire import Connection, render_request
 from inference.management.commands.bench import between, clients_list
 
@@ -205,6 +208,22 @@ async def test_clients_count_refusals_in_process(upstream_port: int) -> None:
     load = _Load(job(upstream_port, bodies=["{}"], headers={"X-A": "b"}, warmup_seconds=0.05))
     result = await load.run()
     assert result.num_sent > len(result.latencies) > 0
+
+
+async def test_the_upstream_answers_what_it_is_asked_for_and_hangs_up_on_noise() -> None:
+    answers = render_answers("word word", 2)
+    server = await asyncio.get_running_loop().create_server(lambda: _Upstream(answers), "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        load = _Load(job(port, stream=True, marker='"content"', expect="[DONE]"))
+        result = await load.run()
+        assert result.num_errors == 0
+        assert len(result.firsts) == len(result.latencies) > 0
+        wrong = await _Load(job(port, expect="nothing like it", max_requests=4, seconds=5)).run()
+        assert wrong.num_errors == 4
+        connection = await Connection.open("127.0.0.1", port)
+        with pytest.raises(ConnectionError):
+            await connection.send(b"this is noise\r\n\r\n")
 
 
 def test_the_upstream_says_the_whole_text_in_both_forms() -> None:
@@ -583,6 +602,63 @@ def test_an_environment_that_matches_the_lock_is_used_again(tmp_path: Path) -> N
     assert said == []
 
 
+STUB = """#!{python}
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+{body}
+"""
+
+
+def stub_peer(tmp_path: Path, body: str) -> Path:
+    """An environment whose `litellm` is a stand-in."""
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "lib/python3.11/site-packages/litellm-9.8.7.dist-info").mkdir(parents=True)
+    program = environment / "bin" / "litellm"
+    program.write_text(STUB.format(python=sys.executable, body=body))
+    program.chmod(0o755)
+    return environment
+
+
+def test_the_peer_is_started_with_a_key_of_its_own_and_stopped(tmp_path: Path) -> None:
+    environment = stub_peer(tmp_path, "http.server.HTTPServer(('127.0.0.1', port), Handler).serve_forever()")
+    with peer.running(environment, tmp_path, 1234, num_workers=2) as running:
+        assert running.version == "9.8.7"
+        assert running.master_key.startswith("sk-")
+        assert running.master_key not in repr(running)
+        assert "--num_workers 2" in running.command
+        assert str(tmp_path) not in running.command
+        assert children.answers_200(running.port, "/health/liveliness")
+        arms = gateway._peer_arms(gateway.Options(), running)
+        assert [arm.name for arm in arms] == ["litellm", "litellm_stream"]
+    assert footprint.tree(running.pid) == []
+    assert json.loads((tmp_path / "litellm.yaml").read_text())["model_list"]
+
+
+def test_a_peer_that_does_not_start_says_why(tmp_path: Path) -> None:
+    environment = stub_peer(tmp_path, "raise SystemExit('no such option')")
+    with (
+        pytest.raises(peer.PeerUnavailable, match="no such option"),
+        peer.running(environment, tmp_path, 1234, num_workers=1),
+    ):
+        raise AssertionError("it must not start")
+
+
+def test_a_run_goes_on_without_a_peer_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> Path:
+        raise peer.PeerUnavailable("no network")
+
+    monkeypatch.setattr(peer, "install", fail)
+    notes: list[str] = []
+    assert gateway._peer_environment(gateway.Options(), notes, lambda _: None) is None
+    assert notes == ["LiteLLM was not measured: no network"]
+
+
 def test_the_commands_numbers_are_bounded() -> None:
     assert clients_list("16,1,4") == (1, 4, 16)
     assert between(1, 5, int)("3") == 3
@@ -598,3 +674,54 @@ def test_the_machine_is_described_without_names() -> None:
     assert described["cores"] == len(os.sched_getaffinity(0))
     assert os.uname().nodename not in json.dumps(described)
     assert machine.versions()["django"].startswith("5.2")
+
+
+def test_a_busy_machine_is_said_to_be_busy() -> None:
+    assert machine.busyness({"load_average_before": 0.4, "cores": 2}) == []
+    assert "busy" in machine.busyness({"load_average_before": 3.5, "cores": 2})[0]
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_the_command_measures_a_real_installation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything but LiteLLM, for moments: figures are not judged, only that they are all there and without errors."""
+    call_command("bench", "--no-peer", "--rounds=1", "--seconds=0.4", "--clients=1,4", f"--out={tmp_path}", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    points = {(point["arm"], point["clients"]): point for point in printed["samples"]["points"]}
+    assert set(points) == {
+        (arm, clients)
+        for arm in ("direct", "direct_stream", "llmsite", "llmsite_cached", "llmsite_stream")
+        for clients in (1, 4)
+    }
+    assert [point["errors"] for point in points.values() if point["num_errors"]] == []
+    assert all(point["rate"] > 0 for point in points.values())
+    assert points["llmsite", 1]["work"]["queries"] > points["llmsite_cached", 1]["work"]["queries"] > 0
+    assert points["llmsite", 1]["work"]["redis_round_trips"] > 0
+    assert {"web", "worker", "valkey"} <= points["llmsite", 4]["cpu_seconds"].keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"gateway.json", "gateway.md", "gateway.svg"}
+    assert not {"web", "worker", "supervisor"} & {cost.name for cost in footprint.costs(os.getpid())}
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_the_batching_benchmark_reads_receipts_and_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fake engine in place of the model: the way is the same, the figures mean nothing."""
+    monkeypatch.setattr(batching, "running", lambda scratch, engine: site.running(scratch, engine="fake"))
+    monkeypatch.setattr(batching, "BatchOptions", partial(batching.BatchOptions, max_tokens=8))
+    call_command("bench", "--engine", "--rounds=1", f"--out={tmp_path}")
+    whole = json.loads((tmp_path / "batching.json").read_text())
+    assert whole["void"] is None
+    assert [run["num_tokens"] for run in whole["runs"]] == [64, 64]
+    assert all(len(run["batch_sizes"]) == 8 and min(run["batch_sizes"]) >= 1 for run in whole["runs"])
+    assert whole["metrics_batch_size"] >= 1
+
+
+def test_the_command_says_why_it_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> gateway.Study:
+        raise children.NotStarted("llmsite ended with 1: no disk")
+
+    monkeypatch.setattr(gateway, "run", broken)
+    with pytest.raises(CommandError, match="no disk"):
+        call_command("bench", f"--out={tmp_path}")

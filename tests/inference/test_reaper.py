@@ -166,7 +166,7 @@ def test_a_doorbell_that_cannot_be_rung_says_so(monkeypatch: pytest.MonkeyPatch)
     def away(*_: Any, **__: Any) -> None:
         raise redis.ConnectionError("away")
 
-    monkeypatch.setattr(app, "send_task", away)
+    monkeypatch.setattr(app.producer_pool, "acquire", away)
     assert not doorbell.ring("default")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+from django.db import OperationalError
 
 from accounts.models import QuotaPeriod, Reservation
 from inference import doorbell, hosted, registry
@@ -496,3 +497,87 @@ def test_the_engine_of_the_configuration_is_loaded(cast: Any, settings: Any, mon
     monkeypatch.setattr(settings.CONFIG, "engine", "llama")
     with pytest.raises(EngineError, match="nowhere"):
         hosted.load_backend(served)
+
+
+# Celery's steps
+
+
+def test_celery_starts_the_host_before_its_consumer_and_drains_it_before_its_pool(
+    cast: Any, valkey: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    monkeypatch.setattr(settings.CONFIG, "engine", "fake")
+    monkeypatch.setattr(settings.CONFIG, "drain_seconds", 0.0)
+    monkeypatch.setattr(worker_module, "_host", None)
+
+    class Parent:
+        class app:
+            class conf:
+                task_default_queue = "celery"
+
+            class amqp:
+                class queues:
+                    consume_from = {"default": None}
+
+    step = worker_module.HostStep.__new__(worker_module.HostStep)
+    step.stop(Parent)  # before it was started there is nothing to stop
+    step.start(Parent)
+    host = worker_module.current_host()
+    assert host is not None
+    assert (host.pool, host.num_slots) == ("default", 4)
+    sent = admitted(principal_of(cast.alice)).ticket
+    host.serve()
+    assert finish(valkey, sent.request_id)["reason"] == "length"
+    step.stop(Parent)
+    step.close(Parent)
+    assert ticket_queue().workers() == []
+
+
+def test_a_worker_without_redis_takes_nothing_and_does_not_fall(cast: Any, valkey: Any, quick_beats: None) -> None:
+    register()
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    with worker(valkey) as host:
+        with pytest.MonkeyPatch.context() as patched:
+            for name in ("take", "beat", "num_waiting", "sign_off"):
+                patched.setattr(host.queue, name, away)
+            patched.setattr(host._client, "pubsub", away)
+            host.serve()
+            assert host._num_waiting() == 0
+            time.sleep(0.1)
+        sent = admitted(principal_of(cast.alice)).ticket
+        host.serve()
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+
+
+def test_a_worker_that_cannot_sign_off_still_stops(cast: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    with worker(valkey) as host:
+        monkeypatch.setattr(host.queue, "sign_off", away)
+        host.stop(0.0)
+    assert host._gone.is_set()
+
+
+def test_the_registry_is_followed_again_after_the_database_was_away(
+    cast: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    monkeypatch.setattr(worker_module, "REGISTRY_SECONDS", 0.01)
+    errors: list[Exception] = [ValueError("a defect"), OperationalError("locked")]
+    reads: list[int] = []
+
+    def read(pool: str) -> Any:
+        reads.append(1)
+        if errors and len(reads) > 1:
+            raise errors.pop()
+        return registry.in_pool(pool)
+
+    with worker(valkey, read_registry=read):
+        wait_for(lambda: len(reads) > 4)
+    assert errors == []

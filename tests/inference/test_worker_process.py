@@ -136,6 +136,14 @@ def garbage() -> list[bytes]:
         envelope(b'[["' + b"x" * 10_000_000 + b'"], ' + empty),
         envelope(b"not json at all"),
         envelope(b'"a string"'),
+        b"\x80\x04raw",
+        b"not json",
+        b"7",
+        b"null",
+        b"{}",
+        b'{"body": "e30=", "properties": {}}',
+        envelope(b"[]", task=["a", "list"]),  # type: ignore[arg-type]
+        envelope(b"[1, 2, 3, 4]"),
     ]
 
 

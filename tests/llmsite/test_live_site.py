@@ -1,4 +1,4 @@
-"""`manage.py up --demo` as a newcomer meets it: ready, serving the real model, quick, small, and gone without a trace."""
+"""`manage.py up --demo` as a newcomer meets it: ready, serving the real model, quick, small, gone without a trace."""
 
 from __future__ import annotations
 

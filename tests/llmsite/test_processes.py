@@ -135,8 +135,11 @@ time.sleep(60)
 
 
 def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children] + [each for child in children for each in descendants(int(child))]
+    """Children of any thread, and theirs."""
+    children = [
+        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
+    return children + [each for child in children for each in descendants(child)]
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])

@@ -190,7 +190,8 @@ def test_kill_9_of_the_supervisor_leaves_no_orphan(site: Site) -> None:
 def test_the_supervisor_is_small(site: Site) -> None:
     status = Path(f"/proc/{site.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
-    assert int(line.split()[1]) < 40 * 1024
+    measured_too = 25 if "COVERAGE_PROCESS_CONFIG" in os.environ else 0  # coverage.py inside it
+    assert int(line.split()[1]) < (40 + measured_too) * 1024
 
 
 def test_gauges_of_the_dead_are_removed(site: Site) -> None:

@@ -67,11 +67,12 @@ def run_on_services(postgresql_url: str, redis_server_url: str) -> Callable[...,
     """Runs other tests again, on PostgreSQL and Redis: `run_on_services("tests/accounts/test_quotas.py")`."""
 
     def run(*arguments: str, timeout_seconds: float = 170) -> None:
+        # With DJANGO_SETTINGS_MODULE in the environment pytest-django reads the settings before conftest has set them.
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--create-db", *arguments],
             cwd=REPOSITORY,
             env={
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"},
                 "LLMSITE_TEST_DATABASE_URL": postgresql_url,
                 "LLMSITE_TEST_REDIS_URL": redis_server_url,
             },

@@ -1,4 +1,4 @@
-"""The rest of the suite's ground, on the servers that a real installation uses."""
+"""The suite's ground, on the servers that a real installation uses."""
 
 from __future__ import annotations
 

@@ -110,6 +110,7 @@ EXPRESSION: Schema = {
     "properties": {"expression": {"$ref": "#/$defs/expression"}},
     "required": ["expression"],
 }
+PHONE: Schema = {"type": "string", "pattern": "^(\\+\\d{1,3} )?\\(?[2-9]\\d{2}\\)?[-. ]\\d{3}[-. ]\\d{4}$"}
 EXAMPLES = [
     Example("person", PERSON, [{"name": "Ada", "age": 36}, {"name": 'B"\\\n', "age": 0, "email": "a.b@c.example"}],
             [{"name": "", "age": 1}, {"name": "Ada"}, {"name": "Ada", "age": 131}, {"name": "A", "age": 1, "x": 2}]),
@@ -163,7 +164,7 @@ EXAMPLES = [
             ["127.0.0.1", "db.example", "1:2:3:4:5:6:7:8"], ["256.0.0.1"]),
     Example("link", {"type": "string", "format": "uri"}, ["https://a-b.example:8080/x/y?q=1"], ["ftp:/x"]),
     Example("duration", {"type": "string", "format": "duration"}, ["P1D", "PT5M", "P1Y2M3DT4H"], ["P", "PT"]),
-    Example("pattern", {"type": "string", "pattern": "^(\\+\\d{1,3} )?\\(?[2-9]\\d{2}\\)?[-. ]\\d{3}[-. ]\\d{4}$"},
+    Example("pattern", PHONE,
             ["+49 (234) 567-8901", "234.567.8901"], ["134-567-8901"]),
     Example("short word", {"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 6}, ["ab", "abcdef"],
             ["a", "abcdefg", "aB"]),

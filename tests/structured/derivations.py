@@ -72,7 +72,7 @@ class Sampler:
 
 
 class Matcher:
-    """Decides by sets of positions: where a node may end, from where it may start. For grammars without left recursion."""
+    """Decides by sets of positions where a node may end. For grammars without left recursion."""
 
     def __init__(self, grammar: str) -> None:
         self._rules = parse(grammar, GENERATED_LIMITS).rules

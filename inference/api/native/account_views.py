@@ -24,7 +24,6 @@ from inference.api.async_view import AsyncAPIView, json_response
 from inference.api.health import worker_state
 from inference.api.native.schemas import (
     CancelReply,
-    ErrorReply,
     MeReply,
     ModelsReply,
     RequestReply,
@@ -34,7 +33,6 @@ from inference.models import Receipt
 from inference.queue import WorkerInfo, ticket_queue
 from inference.registry import Served
 
-KEY_ERRORS: dict[Any, Any] = dict.fromkeys((401, 403, 404, 429, 503), ErrorReply)
 RECEIPT_FIELDS = (
     "prompt_tokens",
     "cached_tokens",
@@ -60,7 +58,7 @@ class ModelsView(AsyncAPIView):
     route = "/v1/models"
     scopes = ("generate", "usage", "operator")
 
-    @extend_schema(operation_id="models", summary="Models of this key", responses={200: ModelsReply, **KEY_ERRORS})
+    @extend_schema(operation_id="models", summary="Models of this key", responses=ModelsReply)
     def get(self, request: Request) -> HttpResponse:
         principal = self.admit_to_view()
         models = registry.visible(principal)
@@ -118,9 +116,7 @@ class MeView(AsyncAPIView):
 
     route = "/v1/me"
 
-    @extend_schema(
-        operation_id="me", summary="The key's own identity and limits", responses={200: MeReply, **KEY_ERRORS}
-    )
+    @extend_schema(operation_id="me", summary="The key's own identity and limits", responses=MeReply)
     def get(self, request: Request) -> HttpResponse:
         principal = self.admit_to_view()
         content = {
@@ -143,10 +139,11 @@ class UsageView(AsyncAPIView):
     route = "/v1/me/usage"
     scopes = ("usage",)
 
-    @extend_schema(operation_id="me_usage", summary="The key's own usage", responses={200: UsageReply, **KEY_ERRORS})
+    @extend_schema(operation_id="me_usage", summary="The key's own usage", responses=UsageReply)
     def get(self, request: Request) -> HttpResponse:
         principal = self.admit_to_view()
         remaining = self.request_rate.remaining if self.request_rate else None
+        settlement.catch_up()
         return json_response({**usage(principal, timezone.now()), "rpm_remaining": remaining})
 
 
@@ -159,7 +156,7 @@ class RequestView(AsyncAPIView):
     route = "/v1/requests/{id}"
     scopes = ("generate", "usage")
 
-    @extend_schema(operation_id="request", summary="State or receipt", responses={200: RequestReply, **KEY_ERRORS})
+    @extend_schema(operation_id="request", summary="State or receipt", responses=RequestReply)
     def get(self, request: Request, request_id: str) -> HttpResponse:
         principal = self.admit_to_view()
         receipt = find_receipt(principal, request_id)
@@ -220,9 +217,7 @@ class CancelView(AsyncAPIView):
     route = "/v1/requests/{id}/cancel"
     scopes = ("generate",)
 
-    @extend_schema(
-        operation_id="request_cancel", summary="Cancel", request=None, responses={200: CancelReply, **KEY_ERRORS}
-    )
+    @extend_schema(operation_id="request_cancel", summary="Cancel", request=None, responses=CancelReply)
     def post(self, request: Request, request_id: str) -> HttpResponse:
         principal = self.admit_to_view()
         state = ticket_queue().state(request_id)

@@ -5,7 +5,7 @@ Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field
@@ -94,6 +94,14 @@ class GenerateReply(BaseModel):
     model: str
     output: str
     cached: bool
+
+
+class GenerateEvent(BaseModel):
+    """A server-sent event. `data` is JSON: {"text"} of delta; id, finish_reason and usage of finished; ErrorReply."""
+
+    id: str | None = None
+    event: Literal["delta", "finished", "error"]
+    data: str
 
 
 class BatchResult(BaseModel):

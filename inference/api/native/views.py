@@ -10,7 +10,6 @@ from typing import Any
 
 from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase
-from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 
@@ -29,6 +28,7 @@ from inference.api.native.schemas import (
     GenerateBatchBody,
     GenerateBatchReply,
     GenerateBody,
+    GenerateEvent,
     GenerateReply,
     SamplingBody,
 )
@@ -42,7 +42,6 @@ ALL_OR_NOTHING = OpenApiParameter(
     OpenApiParameter.HEADER,
     description="`true`: 402 rather than a shorter answer where the quota does not cover the output bound.",
 )
-REFUSED: dict[Any, Any] = dict.fromkeys((400, 401, 402, 403, 404, 413, 422, 429, 500, 503, 504), ErrorReply)
 PASSING = frozenset({"too_many_concurrent_requests", "queue_full", "quota_reserved"})
 WAIT_FOR_ROOM_SECONDS = 0.25
 MAX_AT_ONCE = 16
@@ -76,7 +75,7 @@ class GenerateView(GenerationView):
         summary="Generate text from a prompt",
         request=GenerateBody,
         parameters=[ALL_OR_NOTHING],
-        responses={200: GenerateReply, (200, "text/event-stream"): OpenApiTypes.STR, **REFUSED},
+        responses={200: GenerateReply, (200, "text/event-stream"): GenerateEvent, 402: ErrorReply, 504: ErrorReply},
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(GenerateBody)
@@ -196,7 +195,7 @@ class GenerateBatchView(GenerationView):
         summary="Generate text from several prompts",
         request=GenerateBatchBody,
         parameters=[ALL_OR_NOTHING],
-        responses={200: GenerateBatchReply, **REFUSED},
+        responses={200: GenerateBatchReply, 402: ErrorReply, 504: ErrorReply},
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(GenerateBatchBody)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -14,11 +15,13 @@ from accounts.permissions import IsOperator
 from accounts.principals import Principal
 from accounts.refusals import Refusal
 from inference.api.headers import Rate, add_headers, log_fields, rate_headers
+from inference.api.schema import ApiSchema
 
 
 class OperatorView(APIView):
     """Mix in before DRF's views. Order: key, requests a minute, scope; then DRF parses."""
 
+    schema = ApiSchema()
     permission_classes = [IsOperator]  # type: ignore[list-item]  # an instance stands in for its class
     request_rate: Rate | None = None
     token_rate: Rate | None = None
@@ -33,6 +36,11 @@ class OperatorView(APIView):
         fields.update(api_key_id=principal.public_id, api_key_role=principal.role, tenant_id=principal.tenant_id)
         self.request_rate = throttling.count_request(principal, request)
         super().initial(request, *args, **kwargs)
+
+    def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
+        """JSON, whatever is accepted; `format` is a parameter of the reports and not of DRF."""
+        renderer = JSONRenderer()
+        return renderer, renderer.media_type
 
     def finalize_response(self, request: Request, response: Response, *args: Any, **kwargs: Any) -> Response:
         response = super().finalize_response(request, response, *args, **kwargs)

@@ -112,7 +112,7 @@ class RotateForm(Form):
 
 class PeriodSerializer(serializers.ModelSerializer[QuotaPeriod]):
     tenant = serializers.SlugRelatedField[Tenant](slug_field="name", read_only=True)
-    key = serializers.SlugRelatedField[APIKey](slug_field="public_id", read_only=True)
+    key = serializers.SlugRelatedField[APIKey](slug_field="public_id", read_only=True, allow_null=True)
 
     class Meta:
         model = QuotaPeriod

@@ -23,7 +23,7 @@ from rest_framework.serializers import BaseSerializer
 from accounts import issuing, principals, quotas
 from accounts.models import APIKey, LedgerEntry, Plan, QuotaPeriod, Tenant
 from accounts.refusals import Refusal
-from inference import registry
+from inference import registry, settlement
 from inference.api import cancelling
 from inference.api.errors import field_error, validation_refusal
 from inference.api.operator import reports
@@ -242,6 +242,7 @@ class UsageView(OperatorView):
 
     @extend_schema(responses=reports.UsageRows, operation_id="admin_usage")
     def get(self, request: Request) -> Response:
+        settlement.catch_up()
         return Response({"results": reports.usage_by_key()})
 
 
@@ -250,7 +251,9 @@ class LogsView(OperatorView):
 
     @extend_schema(parameters=[reports.LogQuery], responses=reports.LogPage, operation_id="admin_logs")
     def get(self, request: Request) -> Response:
-        return Response(reports.log_page(read_query(reports.LogQuery, request)))
+        query = read_query(reports.LogQuery, request)
+        settlement.catch_up()
+        return Response(reports.log_page(query))
 
 
 class StatsView(OperatorView):
@@ -259,6 +262,7 @@ class StatsView(OperatorView):
     @extend_schema(parameters=[reports.StatsQuery], responses=OpenApiTypes.OBJECT, operation_id="admin_stats")
     def get(self, request: Request) -> Response:
         query = read_query(reports.StatsQuery, request)
+        settlement.catch_up()
         return Response(reports.stats(query["window_days"], timezone.now()))
 
 

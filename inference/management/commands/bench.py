@@ -17,12 +17,12 @@ from inference.bench import batching, batching_report, calls, children, gateway,
 from inference.bench.digest import digest
 from llmsite.config import BASE_DIR
 
-LOG_WIDTH = 160
+LOG_WIDTH = 200
 """Columns where the output goes to a file or a pipe."""
 EXAMPLES = """examples:
   manage.py bench                          llmsite and LiteLLM side by side, about seven minutes
   manage.py bench --no-peer --rounds 1     llmsite alone, two minutes
-  manage.py bench --clients 1,16 --seconds 5 --out /tmp/bench
+  manage.py bench --clients 1,16 --seconds 5 --out bench-results
   manage.py bench --engine                 what one batch gains, with the demo model
 """
 
@@ -98,6 +98,7 @@ class Command(BaseCommand):
             peer_workers=options["peer_workers"],
         )
         study = gateway.run(wanted, scratch, self._say)
+        study.notes.extend(machine.busyness(described))
         shown = digest(study)
         tables.print_tables(self.terminal, study, shown)
         paths = report.write(options["out"], study, shown, described, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from django.conf import settings
@@ -41,19 +42,8 @@ class Command(BaseCommand):
         pool = options["pool"]
         threads = options["concurrency"] or max(LEAST_THREADS, 2 * _num_slots(pool))
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "WARNING"]
-        app.worker_main(
-            [
-                "--quiet",
-                "worker",
-                "--pool",
-                "threads",
-                "--concurrency",
-                str(threads),
-                "--queues",
-                f"{pool},{HOUSEKEEPING}",
-                *quiet,
-            ]
-        )
+        size = ["--pool", "threads", "--concurrency", str(threads), "--queues", f"{pool},{HOUSEKEEPING}"]
+        app.worker_main(["--quiet", "worker", "--hostname", f"{pool}-{os.getpid()}@%h", *size, *quiet])
 
 
 def _keep_logging(**_: Any) -> None:

@@ -1,0 +1,236 @@
+"""The operator's API: plans, tenants, keys, quotas, models, logs and reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.in_process import MODEL, OTHER_MODEL, Client, InProcessSite
+
+pytestmark = [pytest.mark.api, pytest.mark.integration]
+
+
+@pytest.fixture
+def operator(site: InProcessSite) -> Client:
+    return site.client(site.cast.operator)
+
+
+def test_a_tenant_is_made_and_gets_a_key_that_works(site: InProcessSite, operator: Client) -> None:
+    plan = operator.post("/v1/admin/plans", json={"name": "tiny", "role": "free", "requests_per_minute": 5})
+    assert plan.status_code == 201
+    tenant = operator.post("/v1/admin/tenants", json={"name": "Dana's", "plan": "tiny"})
+    assert tenant.status_code == 201
+    issued = operator.post("/v1/admin/keys", json={"tenant": "Dana's", "name": "laptop"})
+    assert issued.status_code == 201
+    text = issued.json()["key"]
+    assert text.startswith("llms_")
+    dana = Client(site.base_url, text)
+    assert dana.get("/v1/me").json()["limits"]["requests_per_minute"] == 5
+    assert text not in operator.get(f"/v1/admin/keys/{issued.json()['id']}").text
+    assert text not in operator.get("/v1/admin/keys").text
+
+
+def test_lists_come_in_pages(operator: Client) -> None:
+    page = operator.get("/v1/admin/keys", params={"limit": 2, "offset": 1}).json()
+    assert (page["total"], page["limit"], page["offset"]) == (4, 2, 1)
+    assert len(page["results"]) == 2
+    assert {"key_prefix", "name", "role", "created_at", "disabled"} <= page["results"][0].keys()
+
+
+@pytest.mark.parametrize("query", [{"limit": 0}, {"limit": 201}, {"limit": "x"}, {"offset": -1}])
+def test_a_page_out_of_range_is_refused(operator: Client, query: dict[str, Any]) -> None:
+    for path in ("/v1/admin/keys", "/v1/admin/logs"):
+        reply = operator.get(path, params=query)
+        assert (reply.status_code, reply.json()["code"]) == (422, "validation_error")
+        assert reply.json()["request_id"] == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/admin/plans", {"name": "p", "requests_per_minute": -1}, "requests_per_minute"),
+        ("/v1/admin/plans", {"name": "cast"}, "name"),
+        ("/v1/admin/tenants", {"name": "x", "plan": "no such plan"}, "plan"),
+        ("/v1/admin/tenants", {"name": "x", "plan": "cast", "limit_overrides": {"bogus": 1}}, "limit_overrides"),
+        ("/v1/admin/tenants", {"name": "x", "plan": "cast", "quota_anchor_day": 31}, "quota_anchor_day"),
+        ("/v1/admin/keys", {"tenant": "Alice's"}, "name"),
+        ("/v1/admin/keys", {"tenant": "Alice's", "name": "k", "scopes": ["root"]}, "scopes"),
+        ("/v1/admin/keys", {"tenant": "Alice's", "name": "k", "expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
+        ("/v1/admin/quotas/adjust", {"tenant": "Alice's", "tokens": 5}, "reason"),
+        ("/v1/admin/models", {"name": "m", "path": "/nowhere/at/all.gguf"}, "path"),
+    ],
+)
+def test_what_is_wrong_is_named(operator: Client, path: str, body: dict[str, Any], field: str) -> None:
+    reply = operator.post(path, json=body)
+    assert (reply.status_code, reply.json()["code"]) == (422, "validation_error")
+    assert field in {found["loc"][0] for found in reply.json()["extra"]["fields"]}
+
+
+def test_broken_json_and_other_media_types_are_told_apart(operator: Client) -> None:
+    broken = operator.post("/v1/admin/plans", content=b"{", headers={"content-type": "application/json"})
+    form = operator.post("/v1/admin/plans", data={"name": "x"})
+    assert (broken.status_code, broken.json()["code"]) == (400, "invalid_json")
+    assert (form.status_code, form.json()["code"]) == (415, "unsupported_media_type")
+
+
+def test_what_does_not_exist_is_not_found(operator: Client) -> None:
+    for path in ("/v1/admin/keys/999999", "/v1/admin/tenants/none", "/v1/admin/nothing"):
+        reply = operator.get(path)
+        assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
+
+
+def test_methods_that_are_not_offered_are_refused(operator: Client, site: InProcessSite) -> None:
+    reply = operator.delete(f"/v1/admin/tenants/{site.cast.bob.tenant.pk}")
+    assert (reply.status_code, reply.json()["code"]) == (405, "method_not_allowed")
+
+
+def test_operators_answers_show_their_limits_too(operator: Client) -> None:
+    for reply in (operator.get("/v1/admin/plans"), operator.post("/v1/admin/plans", json={})):
+        assert int(reply.headers["x-ratelimit-limit-requests"]) > 0
+        assert int(reply.headers["x-ratelimit-remaining-tokens"]) > 0
+
+
+def test_a_plan_in_use_cannot_be_deleted(operator: Client, site: InProcessSite) -> None:
+    reply = operator.delete(f"/v1/admin/plans/{site.cast.alice.tenant.plan.pk}")
+    assert (reply.status_code, reply.json()["code"]) == (409, "conflict")
+    spare = operator.post("/v1/admin/plans", json={"name": "spare"}).json()["id"]
+    assert operator.delete(f"/v1/admin/plans/{spare}").status_code == 204
+
+
+def test_a_change_of_a_plan_holds_at_once(operator: Client, site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    assert alice.get("/v1/me").json()["limits"]["requests_per_minute"] is None
+    plan = site.cast.alice.tenant.plan.pk
+    assert operator.patch(f"/v1/admin/plans/{plan}", json={"requests_per_minute": 77}).status_code == 200
+    assert alice.get("/v1/me").json()["limits"]["requests_per_minute"] == 77
+    tenant = site.cast.alice.tenant.pk
+    body = {"limit_overrides": {"requests_per_minute": 66}}
+    assert operator.patch(f"/v1/admin/tenants/{tenant}", json=body).status_code == 200
+    assert alice.get("/v1/me").json()["limits"]["requests_per_minute"] == 66
+
+
+def test_a_key_is_renamed_rotated_and_revoked(operator: Client, site: InProcessSite) -> None:
+    key = site.cast.alice.key.pk
+    assert operator.patch(f"/v1/admin/keys/{key}", json={"name": "renamed"}).json()["name"] == "renamed"
+    rotated = operator.post(f"/v1/admin/keys/{key}/rotate", json={"overlap_seconds": 60})
+    assert rotated.status_code == 201
+    successor = Client(site.base_url, rotated.json()["key"])
+    assert successor.get("/v1/me").status_code == 200
+    assert site.client(site.cast.alice).get("/v1/me").status_code == 200
+    assert operator.post(f"/v1/admin/keys/{key}/revoke").json()["disabled"] is True
+    assert site.client(site.cast.alice).get("/v1/me").status_code == 401
+    assert successor.get("/v1/me").status_code == 200
+    assert operator.post(f"/v1/admin/keys/{key}/rotate", json={}).status_code == 409
+    assert operator.delete(f"/v1/admin/keys/{rotated.json()['id']}").status_code == 204
+    assert successor.get("/v1/me").status_code == 401
+
+
+def test_quotas_are_listed_and_corrected(operator: Client, site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    tokens = int(alice.generate("one two").headers["x-usage-total-tokens"])
+    site.settle()
+    (row,) = [row for row in operator.get("/v1/admin/quotas").json()["results"] if row["key"] is None]
+    assert (row["tenant"], row["used_tokens"], row["reserved_tokens"]) == ("Alice's", tokens, 0)
+    body = {"tenant": "Alice's", "tokens": -tokens, "reason": "a gift"}
+    adjusted = operator.post("/v1/admin/quotas/adjust", json=body)
+    assert adjusted.status_code == 200
+    assert [row["used_tokens"] for row in adjusted.json() if row["key"] is None] == [0]
+    assert operator.post("/v1/admin/quotas/adjust", json=body).status_code == 409
+    kinds = [row["kind"] for row in operator.get("/v1/admin/ledger").json()["results"]]
+    assert kinds[0] == "adjust"
+    assert {"reserve", "settle"} <= set(kinds)
+
+
+def test_a_key_of_another_tenant_cannot_be_adjusted(operator: Client, site: InProcessSite) -> None:
+    body = {"tenant": "Alice's", "key": site.cast.bob.key.public_id, "tokens": 1, "reason": "mistake"}
+    assert operator.post("/v1/admin/quotas/adjust", json=body).status_code == 422
+
+
+def test_models_are_listed_and_changed(
+    operator: Client, site: InProcessSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from inference import registry
+
+    def known(path: Any, *, known: Any = None, **_: Any) -> Any:
+        return registry.Inspected(
+            path=Path(known.path), digest=known.digest, size_bytes=known.size_bytes, metadata=known.metadata
+        )
+
+    monkeypatch.setattr(registry, "examine", known)
+    listed = {row["name"]: row for row in operator.get("/v1/admin/models").json()["results"]}
+    assert set(listed) == {MODEL, OTHER_MODEL}
+    assert listed[OTHER_MODEL]["granted_tenants"] == ["Alice's"]
+    changed = operator.patch(
+        f"/v1/admin/models/{listed[OTHER_MODEL]['id']}", json={"granted_tenants": ["Bob's"], "aliases": ["second"]}
+    )
+    assert changed.status_code == 200
+    assert site.client(site.cast.bob).generate(model="second").status_code == 200
+    assert site.client(site.cast.alice).generate(model="second").status_code == 404
+    assert operator.patch(f"/v1/admin/models/{listed[MODEL]['id']}", json={"n_ctx": 1}).status_code == 422
+    assert operator.delete(f"/v1/admin/models/{listed[OTHER_MODEL]['id']}").status_code == 204
+    assert operator.get("/v1/admin/models").json()["total"] == 1
+
+
+def test_a_file_that_is_no_model_is_refused(operator: Client, tmp_path: Path) -> None:
+    file = tmp_path / "not.gguf"
+    file.write_bytes(b"this is not a model")
+    reply = operator.post("/v1/admin/models", json={"name": "m", "path": str(file)})
+    assert (reply.status_code, reply.json()["code"]) == (422, "validation_error")
+    assert operator.get("/v1/admin/models").json()["total"] == 2
+
+
+def test_logs_are_filtered_and_hold_no_text(operator: Client, site: InProcessSite) -> None:
+    alice, bob = site.client(site.cast.alice), site.client(site.cast.bob)
+    alice.generate("canary words")
+    bob.generate("other words", model=None)
+    bob.generate(model="nothing")
+    site.settle()
+    page = operator.get("/v1/admin/logs").json()
+    assert (page["total"], page["limit"], page["offset"]) == (2, 50, 0)
+    assert "canary" not in str(page)
+    mine = operator.get("/v1/admin/logs", params={"api_key": site.cast.alice.key.public_id}).json()["items"]
+    assert [item["tenant"] for item in mine] == ["Alice's"]
+    assert mine[0]["latency_ms"] >= 0
+    for query, number in (
+        ({"tenant": "Bob's"}, 1),
+        ({"route": "/v1/generate"}, 2),
+        ({"route": "/elsewhere"}, 0),
+        ({"model_id": MODEL}, 2),
+        ({"from_ts": "2001-01-01T00:00:00Z"}, 2),
+        ({"to_ts": "2001-01-01T00:00:00Z"}, 0),
+        ({"status": "completed", "limit": 1}, 2),
+    ):
+        assert operator.get("/v1/admin/logs", params=query).json()["total"] == number, query
+    assert operator.get("/v1/admin/logs", params={"from_ts": "yesterday"}).status_code == 422
+
+
+def test_usage_stats_and_summary_agree(operator: Client, site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    replies = [alice.generate(prompt) for prompt in ("one", "two", "two")]
+    site.settle()
+    tokens = sum(int(reply.headers["x-usage-completion-tokens"]) for reply in replies[:2])
+    (usage,) = operator.get("/v1/admin/usage").json()["results"]
+    assert usage["tenant"] == "Alice's"
+    stats = operator.get("/v1/admin/stats", params={"window_days": 1}).json()
+    assert stats["window_days"] == 1
+    assert stats["total_requests"] == usage["total_requests"] == stats["per_model"][0]["total_requests"]
+    assert stats["total_charged_tokens"] == tokens + 2
+    assert stats["per_model"][0]["model_id"] == MODEL
+    assert operator.get("/v1/admin/stats", params={"window_days": 366}).status_code == 422
+    text, markdown, json = (
+        operator.get("/v1/admin/reports/summary", params={"format": form}) for form in ("text", "md", "json")
+    )
+    assert text.headers["content-type"].startswith("text/plain")
+    assert MODEL in text.text
+    assert markdown.text.startswith("# Usage of the last 30 days")
+    assert json.json()["total_requests"] == stats["total_requests"]
+    assert operator.get("/v1/admin/reports/summary", params={"format": "pdf"}).status_code == 422
+
+
+def test_an_empty_house_has_reports_too(operator: Client) -> None:
+    stats = operator.get("/v1/admin/stats").json()
+    assert (stats["total_requests"], stats["avg_latency_ms"], stats["per_model"]) == (0, 0.0, [])
+    assert operator.get("/v1/admin/reports/summary").status_code == 200
+    assert operator.get("/v1/admin/usage").json() == {"results": []}
