@@ -22,7 +22,7 @@ def examine(path: Path, base: Path) -> dict[str, float]:
     import llama_cpp
 
     llama_cpp.llama_backend_init()
-    model = load(base, vocab_only=False)
+    model = load(base, vocab_only=False, check=False)  # it was checked when it was registered
     adapter = llama_cpp.llama_adapter_lora_init(model, str(path).encode())  # before the context, which reserves for it
     if not adapter:
         raise Unfit("llama.cpp cannot apply it to the base model")

@@ -102,13 +102,14 @@ def examine(path: Path, vocabulary: Path) -> dict[str, Any]:
     }
 
 
-def load(path: Path, *, vocab_only: bool) -> Any:
+def load(path: Path, *, vocab_only: bool, check: bool = True) -> Any:
+    """check: look at every weight for numbers that are none. Raises Unfit."""
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
-    params.check_tensors = not vocab_only
+    params.check_tensors = check and not vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise Unfit("llama.cpp cannot load it")

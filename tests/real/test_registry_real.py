@@ -224,6 +224,7 @@ def answer_of_main(monkeypatch: pytest.MonkeyPatch, examine: object, tmp_path: P
     with answers.open("w") as file:
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(question)))
         monkeypatch.setattr(trial_load, "tie_to", lambda _parent: None)
+        monkeypatch.setattr(trial_load, "start_again_with_small_stacks", lambda: None)
         monkeypatch.setattr(trial_load, "examine", examine)
         monkeypatch.setattr(resource, "setrlimit", lambda which, bounds: limits.update({which: bounds}))
         monkeypatch.setattr(os, "dup", lambda _descriptor: file.fileno())
