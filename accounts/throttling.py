@@ -151,7 +151,8 @@ def _use_window(request: Any, group: str, who: str, limit: int | None, *, increm
         return _window_without_redis(group, who, limit, error)
     if usage is None:  # RATELIMIT_ENABLE is off
         return _Window(group, limit, 0 if limit else 1, MINUTE)
-    if usage["time_left"] < 0:  # the cache gave no answer
+    if usage["time_left"] < 0 and not usage["count"]:
+        # the cache gave no answer; -1 alone only means that the clock ticked at the edge of a window
         return _window_without_redis(group, who, limit, None)
     return _Window(group, limit, usage["count"], max(1, usage["time_left"]))
 
