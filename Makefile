@@ -51,6 +51,7 @@ lock: dev ## Resolve requirements/*.in into hash-locked files.
 	@$(UV) requirements/build.in -o requirements/build.txt
 	@$(UV) --no-deps requirements/demo.in -o requirements/demo.txt
 	@$(UV) requirements/bench.in -o requirements/bench.txt
+	@$(UV) requirements/train.in -o requirements/train.txt
 
 up: ## Start the containers of docker/compose.yaml.
 	@docker compose -f docker/compose.yaml up --build --detach --wait

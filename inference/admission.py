@@ -20,13 +20,14 @@ from accounts.allotment import ChargeOrder, Held, ReserveOrder
 from accounts.principals import Principal
 from accounts.refusals import Refusal
 from accounts.throttling import RateState
-from inference import completion_cache, doorbell, registry, settlement
+from inference import adapters, completion_cache, doorbell, settlement
 from inference.completion_cache import Completion
+from inference.engine.types import AdapterVector
 from inference.models import Receipt
 from inference.orders import GenerateOrder
 from inference.queue import ticket_queue
 from inference.registry import Served
-from inference.ticket import Ticket
+from inference.ticket import Ticket, adapter_scales
 from inference.tokenizers.pool import tokenizer_pool
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,11 @@ def admit(
 ) -> Admitted | CachedAnswer:
     """Raises Refusal; then nothing is held, charged or queued."""
     created_at = time.time()
-    served = registry.resolve(order.model, principal)
-    cache_key = _cache_key(principal, order, served)
+    served, vector = _resolve(principal, order)
+    cache_key = _cache_key(principal, order, served, vector)
     if cached := _look_up(cache_key, order, served):
-        return _charge_cached(principal, cached, served, request_id, route, parent_id, created_at)
+        scales = adapter_scales(_names(principal, served, vector), vector)
+        return _charge_cached(principal, cached, served, scales, request_id, route, parent_id, created_at)
     prompt = _tokenize(order, served)
     max_tokens = _output_bound(principal, order, served, len(prompt))
     with ExitStack() as undo:
@@ -86,7 +88,9 @@ def admit(
             max_tokens=held.max_tokens,
             sampling=order.sampling,
             stop=order.stop,
-            adapters=order.adapters,
+            adapters=vector,
+            adapter_names=_names(principal, served, vector),
+            prefix_cache=order.cache_prompt,
             route=route,
             stream=order.stream,
             created_at=created_at,
@@ -103,17 +107,35 @@ def admit(
     return Admitted(ticket, served, tokens, held.clamped)
 
 
+# Which model, with which adapters?
+
+
+def _resolve(principal: Principal, order: GenerateOrder) -> tuple[Served, AdapterVector]:
+    """The adapter in the model's name and those in the list add up; neither is the tenant's default."""
+    served, named = adapters.resolve_model(order.model, principal)
+    wanted = None if named is None and order.adapters is None else [*(named or ()), *(order.adapters or ())]
+    return served, adapters.resolve_vector(principal, served, wanted)
+
+
+def _names(principal: Principal, served: Served, vector: AdapterVector) -> tuple[str, ...]:
+    """As this tenant knows them, for the receipt."""
+    if not vector:
+        return ()
+    names = {adapter.digest: adapter.name for adapter in reversed(adapters.granted(principal, served))}
+    return tuple(names.get(digest, digest) for digest, _ in vector)
+
+
 # Cached?
 
 
-def _cache_key(principal: Principal, order: GenerateOrder, served: Served) -> str | None:
+def _cache_key(principal: Principal, order: GenerateOrder, served: Served, vector: AdapterVector) -> str | None:
     """None where the request does not want the cache, or there is none."""
     if not order.use_cache or not completion_cache.completion_cache().is_on:
         return None
     return completion_cache.key(
         tenant_id=principal.tenant_id,
         model_digest=served.digest,
-        adapters=order.adapters,
+        adapters=vector,
         prompt=order.prompt,
         max_tokens=order.max_tokens,
         sampling=order.sampling,
@@ -134,6 +156,7 @@ def _charge_cached(
     principal: Principal,
     completion: Completion,
     served: Served,
+    scales: list[list[str | float]],
     request_id: str,
     route: str,
     parent_id: str,
@@ -148,6 +171,7 @@ def _charge_cached(
         parent_id=parent_id,
         model=served.name,
         model_digest=served.digest,
+        adapters=scales,
         route=route,
         status=Receipt.Status.COMPLETED,
         finish_reason=completion.finish_reason,

@@ -8,6 +8,7 @@ Layout: the GGUF specification of the ggml project (versions 2 and 3, little end
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import struct
 from collections import Counter
@@ -164,6 +165,8 @@ class Header:
     tensor_bytes: int
     tensor_types: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each tensor type, by name."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    """Dimensions of each tensor, the length of a row first."""
     metadata_end: int
     data_offset: int
     size_bytes: int
@@ -184,6 +187,10 @@ class Header:
     def number(self, key: str) -> int | None:
         value = self.values.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def decimal(self, key: str) -> float | None:
+        value = self.values.get(key)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def of_architecture(self, key: str) -> int | None:
         return self.number(f"{self.architecture}.{key}")
@@ -333,6 +340,7 @@ def _read(cursor: _Cursor, size: int) -> Header:
         num_parameters=tensors.elements,
         tensor_bytes=sum(tensors.types.values()),
         tensor_types=dict(tensors.types),
+        shapes=tensors.shapes,
         metadata_end=metadata_end,
         data_offset=data_offset,
         size_bytes=size,
@@ -435,21 +443,22 @@ class _Tensors:
     end: int = 0
     elements: int = 0
     types: Counter[str] = field(default_factory=Counter)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> _Tensors:
-    tensors, names = _Tensors(), set[str]()
+    tensors = _Tensors()
     for _ in range(count):
         name = cursor.text("A tensor name", MAX_TENSOR_NAME_BYTES)
-        if name in names:
+        if name in tensors.shapes:
             raise GGUFError("gguf_malformed", f"The tensor {name!r} appears twice.")
-        names.add(name)
         _read_tensor(cursor, name, tensors, alignment)
     return tensors
 
 
 def _read_tensor(cursor: _Cursor, name: str, tensors: _Tensors, alignment: int) -> None:
-    elements, row = _read_dimensions(cursor, name)
+    sizes = _read_dimensions(cursor, name)
+    elements, row = math.prod(sizes), sizes[0]
     kind, offset = cursor.unpack(U32), cursor.unpack(U64)
     if kind not in TENSOR_TYPES:
         raise GGUFError(
@@ -466,10 +475,11 @@ def _read_tensor(cursor: _Cursor, name: str, tensors: _Tensors, alignment: int) 
     tensors.end = offset + num_bytes
     tensors.elements += elements
     tensors.types[type_name] += num_bytes
+    tensors.shapes[name] = sizes
 
 
-def _read_dimensions(cursor: _Cursor, name: str) -> tuple[int, int]:
-    """Number of elements, and of those in a row."""
+def _read_dimensions(cursor: _Cursor, name: str) -> tuple[int, ...]:
+    """The length of a row, then the number of rows, and so on."""
     count = cursor.unpack(U32)
     if not 1 <= count <= MAX_DIMENSIONS:
         raise GGUFError("gguf_malformed", f"The tensor {name!r} has {count} dimensions; 1 to {MAX_DIMENSIONS} exist.")
@@ -479,7 +489,7 @@ def _read_dimensions(cursor: _Cursor, name: str) -> tuple[int, int]:
         elements *= size
         if not 1 <= elements <= MAX_TENSOR_ELEMENTS:
             raise GGUFError("gguf_malformed", f"The tensor {name!r} has an impossible size: the file is damaged.")
-    return elements, sizes[0]
+    return tuple(sizes)
 
 
 def _aligned(offset: int, alignment: int) -> int:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
 from django.conf import settings
 
+from inference import adapters
+from inference.adapter_shelf import AdapterShelf
+from inference.adapters import AdapterFile
 from inference.engine.backend import Backend
 from inference.engine.runner import EngineRunner
 from inference.engine.stats import EngineStats
-from inference.engine.types import EngineError, EventSink
+from inference.engine.types import EngineError, EventSink, GenerationRequest
 from inference.registry import Served
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ RETRY_SECONDS = 30.0
 UNAVAILABLE = "llm_unavailable"
 
 LoadBackend = Callable[[Served], Backend]
+ReadAdapters = Callable[[Served], Sequence[AdapterFile]]
 
 
 class State(StrEnum):
@@ -43,7 +47,7 @@ def load_backend(served: Served) -> Backend:
     if settings.CONFIG.engine == "fake":
         from inference.engine.fake_backend import FakeBackend
 
-        return FakeBackend(served.n_slots, served.n_ctx)
+        return FakeBackend(served.n_slots, served.n_ctx, supports_adapters=True)
     from inference.engine.llama_backend import LlamaBackend
 
     return LlamaBackend.load(
@@ -78,8 +82,11 @@ def fingerprint(served: Served) -> tuple[Any, ...]:
 class HostedModel:
     """One model. `num_busy` counts the leases it serves; the caller guards `reserve` and `free` with one lock."""
 
-    def __init__(self, served: Served, *, load: LoadBackend, sink: EventSink) -> None:
+    def __init__(
+        self, served: Served, *, load: LoadBackend, sink: EventSink, read_adapters: ReadAdapters = adapters.files_of
+    ) -> None:
         self.served = served
+        self._adapters = AdapterShelf(lambda: read_adapters(self.served))
         self.state = State.UNLOADED
         self.error = ""
         self.num_busy = 0
@@ -112,6 +119,16 @@ class HostedModel:
             runner = self.load()
         self.used_at = time.monotonic()
         return runner
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hand a request to the engine, with model and adapters loaded. Raises EngineError or DatabaseError."""
+        self._adapters.submit(self.runner(), request)
+
+    def follow_adapters(self) -> None:
+        """Load and unload adapters as the registry says now. Raises DatabaseError."""
+        runner = self._runner
+        if runner is not None and self.state is State.READY:
+            self._adapters.follow(runner)
 
     def load(self) -> EngineRunner:
         """Load it now; a second caller waits for the first. Raises EngineError with what the operator must know."""
@@ -183,5 +200,6 @@ class HostedModel:
             "n_ctx": self.served.n_ctx,
             "slots": self.served.n_slots,
             "busy": self.num_busy,
+            "adapters": stats.num_adapters if stats else 0,
             "steps": stats.num_steps if stats else 0,
         }

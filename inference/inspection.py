@@ -78,20 +78,20 @@ def check_header(path: Path) -> Header:
 
 def is_unchanged(path: Path, digest: str, metadata: Mapping[str, Any]) -> bool:
     """Whether the file still has the size and time of that inspection, and its vocabulary file is there."""
-    return metadata.get("file") == _stamp(path) and vocabulary_path(digest).is_file()
+    return metadata.get("file") == stamp_of(path) and vocabulary_path(digest).is_file()
 
 
 def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None = None) -> Inspected:
     """Inspect one file and write its vocabulary file. Raises RegistrationError with the reason."""
     header = check_header(path)
-    stamp = _stamp(path)
-    digest = _hash(path, progress)
+    stamp = stamp_of(path)
+    digest = hash_file(path, progress)
     scratch = vocabulary_path(f"{digest}.{secrets.token_hex(4)}.trial")
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         write_vocabulary_only(path, scratch)
         report = (trial or Trial()).run(path, scratch)
-        if _stamp(path) != stamp:
+        if stamp_of(path) != stamp:
             raise RegistrationError(
                 "file_changed", "The file changed while it was read. Try again when it is complete."
             )
@@ -113,7 +113,8 @@ def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None
     )
 
 
-def _stamp(path: Path) -> dict[str, int]:
+def stamp_of(path: Path) -> dict[str, int]:
+    """What changes when the file is replaced; empty where it cannot be asked."""
     try:
         status = path.stat()
     except OSError:
@@ -121,7 +122,8 @@ def _stamp(path: Path) -> dict[str, int]:
     return {"size_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
-def _hash(path: Path, progress: Progress | None) -> str:
+def hash_file(path: Path, progress: Progress | None) -> str:
+    """SHA-256, in hexadecimal. Raises RegistrationError."""
     done, hasher = 0, hashlib.sha256()
     try:
         total = path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -17,6 +18,11 @@ MAX_ALIASES = 32
 model_name_validator = RegexValidator(
     r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}\Z", "Use 1 to 100 letters, digits, dots, dashes, underscores and slashes."
 )
+adapter_name_validator = RegexValidator(
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", "Use 1 to 64 letters, digits, dots, dashes and underscores."
+)
+MAX_SCALE = 16.0
+"""Of an adapter, in both directions; far outside of what a trained adapter stands."""
 
 
 class ServedModel(models.Model):
@@ -134,6 +140,106 @@ class ServedModel(models.Model):
             yield f"The model was trained for {trained} tokens; {self.n_ctx} are more."
 
 
+class Adapter(models.Model):
+    """A LoRA adapter for one served model. Written by inference/adapters.py alone; the file says rank, alpha, targets.
+
+    Who may use it: every tenant where it is shared, else those with a grant.
+    """
+
+    class Visibility(models.TextChoices):
+        SHARED = "shared", "Every tenant"
+        GRANTED = "granted", "Granted tenants only"
+
+    name = models.CharField(
+        max_length=64, validators=[adapter_name_validator], help_text="What tenants write, also as `model:name`."
+    )
+    base_model = models.ForeignKey(ServedModel, on_delete=models.PROTECT, related_name="adapters")
+    path = models.CharField(max_length=1000, help_text="GGUF file on the worker's disk.")
+    digest = models.CharField(max_length=64, editable=False, help_text="SHA-256 of the file.")
+    size_bytes = models.BigIntegerField(default=0, editable=False)
+    rank = models.PositiveIntegerField(default=0, editable=False)
+    alpha = models.FloatField(default=0.0, editable=False)
+    targets = models.JSONField(default=list, editable=False, help_text="Kinds of tensors that it changes.")
+    task_name = models.TextField(blank=True, editable=False)
+    prompt_prefix = models.TextField(blank=True, editable=False)
+    metadata = models.JSONField(default=dict, editable=False, help_text="Read from the file's header, and its trial.")
+    default_scale = models.FloatField(
+        default=1.0,
+        validators=[MinValueValidator(-MAX_SCALE), MaxValueValidator(MAX_SCALE)],
+        help_text="Where a request names the adapter and no scale.",
+    )
+    owner = models.ForeignKey(
+        Tenant,
+        on_delete=models.PROTECT,
+        null=True,
+        blank=True,
+        related_name="own_adapters",
+        help_text="The tenant it was made for, which is granted it. Empty: the house's.",
+    )
+    visibility = models.CharField(max_length=8, choices=Visibility.choices, default=Visibility.GRANTED)
+    enabled = models.BooleanField(default=True, help_text="Off: for tenants it does not exist, its place is kept.")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        ordering = ["base_model", "name"]
+        constraints = [
+            models.UniqueConstraint(fields=["base_model", "name"], name="adapter_one_name_per_model"),
+            models.CheckConstraint(
+                condition=Q(default_scale__range=(-MAX_SCALE, MAX_SCALE)), name="adapter_scale_is_bounded"
+            ),
+            models.CheckConstraint(
+                condition=Q(owner__isnull=True) | Q(visibility="granted"), name="adapter_of_a_tenant_is_not_shared"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.base_model.name}:{self.name}"
+
+    def clean(self) -> None:
+        if not math.isfinite(self.default_scale):  # a comparison lets not-a-number pass
+            raise ValidationError({"default_scale": "Use a number."})
+        if self.owner_id is not None and self.visibility == self.Visibility.SHARED:
+            raise ValidationError({"visibility": "A tenant's own adapter is not shared with every tenant."})
+
+
+class AdapterGrant(models.Model):
+    """A tenant may use an adapter. `position` is its id in llama.cpp's dialect and does not change while granted."""
+
+    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="adapter_grants")
+    adapter = models.ForeignKey(Adapter, on_delete=models.CASCADE, related_name="grants")
+    base_model = models.ForeignKey(
+        ServedModel, on_delete=models.CASCADE, related_name="+", editable=False, help_text="The adapter's."
+    )
+    position = models.PositiveIntegerField(editable=False)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        ordering = ["tenant", "base_model", "position"]
+        constraints = [
+            models.UniqueConstraint(fields=["tenant", "adapter"], name="adapter_grant_once"),
+            models.UniqueConstraint(fields=["tenant", "base_model", "position"], name="adapter_grant_one_position"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.adapter} for {self.tenant}"
+
+
+class DefaultVector(models.Model):
+    """The adapters of a tenant's requests that name none, for one model. No row: no adapter."""
+
+    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="default_vectors")
+    base_model = models.ForeignKey(ServedModel, on_delete=models.CASCADE, related_name="default_vectors")
+    scales = models.JSONField(default=list, help_text="Pairs of an adapter's row number and a scale that is not 0.")
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        ordering = ["tenant", "base_model"]
+        constraints = [models.UniqueConstraint(fields=["tenant", "base_model"], name="default_vector_once")]
+
+    def __str__(self) -> str:
+        return f"{self.tenant} on {self.base_model}"
+
+
 class Receipt(models.Model):
     """What one finished request used. Written once, at settlement; holds no prompt and no output.
 
@@ -153,6 +259,7 @@ class Receipt(models.Model):
     )
     model = models.CharField(max_length=100)
     model_digest = models.CharField(max_length=64)
+    adapters = models.JSONField(default=list, blank=True, help_text="Pairs of an adapter's name and its scale.")
     route = models.CharField(max_length=64)
     status = models.CharField(max_length=12, choices=Status.choices)
     finish_reason = models.CharField(max_length=16)

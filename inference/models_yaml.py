@@ -18,9 +18,11 @@ from django.db import transaction
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from accounts.models import Tenant
-from inference import registry
+from inference import models_yaml_adapters, registry
+from inference.adapter_file import Base
 from inference.inspection import Inspected, Progress, RegistrationError, absolute, check_header, is_unchanged
 from inference.models import ServedModel
+from inference.models_yaml_adapters import MAX_ADAPTERS, AdapterEntry, AdapterPlan
 from inference.trial import Trial
 
 DEFAULT_PLACE = Path("config") / "models.yaml"
@@ -77,6 +79,7 @@ class Entry(Options):
     path: str | None = Field(None, min_length=1, max_length=1000)
     aliases: list[str] | None = None
     notes: str | None = Field(None, max_length=10_000)
+    adapters: list[AdapterEntry] | None = Field(None, max_length=MAX_ADAPTERS)
 
     @model_validator(mode="before")
     @classmethod
@@ -106,6 +109,7 @@ class Wanted:
     path: Path
     options: dict[str, Any]
     granted_tenants: list[Tenant] | None
+    adapters: AdapterPlan = field(default_factory=AdapterPlan)
 
 
 @dataclass(slots=True)
@@ -182,7 +186,18 @@ def _plan_entry(plan: Plan, place: str, entry: Entry, defaults: Options, rows: M
         plan.problems.append(f"{place}.path: name the .gguf file, or put it beside this file as {entry.id}.gguf")
         return
     tenants = _tenants(plan, place, given.get("granted_tenants")) if "granted_tenants" in given else None
-    plan.models.append(Wanted(place=place, name=entry.id, path=path, options=_options(given), granted_tenants=tenants))
+    adapters = models_yaml_adapters.plan_adapters(place, entry.adapters or [], plan.path.parent, entry.id)
+    plan.problems += adapters.problems
+    plan.models.append(
+        Wanted(
+            place=place,
+            name=entry.id,
+            path=path,
+            options=_options(given),
+            granted_tenants=tenants,
+            adapters=adapters,
+        )
+    )
 
 
 def _refusals(given: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -317,6 +332,9 @@ def _check_all(plan: Plan) -> dict[str, Inspected]:
             check_header(wanted.path)
         except RegistrationError as error:
             problems.append(f"{wanted.place}.path: {error.message}")
+        else:
+            models_yaml_adapters.check_all(wanted.adapters, wanted.path)
+            problems += wanted.adapters.problems
     if problems:
         raise ModelsYamlError("models_yaml_invalid", problems)
     return {}
@@ -334,14 +352,19 @@ def _inspect_all(
             )
         except RegistrationError as error:
             problems.append(f"{wanted.place}.path: {error.message}")
+        else:
+            base = Base(path=wanted.path, digest=inspected[wanted.name].digest)
+            models_yaml_adapters.examine_all(wanted.adapters, base, progress, trial)
+            problems += wanted.adapters.problems
     if problems:
         raise ModelsYamlError("models_yaml_invalid", problems)
     return inspected
 
 
 def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | None) -> Change:
+    adapters = models_yaml_adapters.differences(wanted.adapters)
     if row is None:
-        return Change(name=wanted.name, action="created")
+        return Change(name=wanted.name, action="created", details=adapters)
     details = {
         name: f"{getattr(row, name)!r} → {value!r}"
         for name, value in wanted.options.items()
@@ -355,6 +378,7 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
         before, after = ({t.name for t in tenants} for tenants in (row.granted_tenants.all(), wanted.granted_tenants))
         if before != after:
             details["granted_tenants"] = f"{sorted(before)} → {sorted(after)}"
+    details |= adapters
     return Change(name=wanted.name, action="updated" if details else "unchanged", details=details)
 
 
@@ -365,13 +389,15 @@ def _compare_unnamed(row: ServedModel, prune: bool) -> Change:
 
 def _apply(plan: Plan, inspected: Mapping[str, Inspected], changes: list[Change], default: str | None) -> None:
     """All of it in one transaction."""
-    names = {change.name for change in changes if change.action in {"created", "updated"}}
-    changing = [wanted for wanted in plan.models if wanted.name in names]
+    details = {change.name: change.details for change in changes if change.action in {"created", "updated"}}
+    changing = [wanted for wanted in plan.models if wanted.name in details]
     with transaction.atomic():
         # First no model has aliases that move, so they may move in any order.
         moving = [wanted.name for wanted in changing if "aliases" in wanted.options]
         ServedModel.objects.filter(name__in=moving).update(aliases=[])
-        problems = [problem for wanted in changing for problem in _save(wanted, inspected[wanted.name])]
+        problems = [
+            problem for wanted in changing for problem in _save(wanted, inspected[wanted.name], details[wanted.name])
+        ]
         if problems:
             raise ModelsYamlError("models_yaml_invalid", problems)
         _switch_off([change.name for change in changes if change.action == "switched_off"])
@@ -385,9 +411,9 @@ def _switch_off(names: list[str]) -> None:
         registry.set_load_mode(keys, ServedModel.LoadMode.OFF)
 
 
-def _save(wanted: Wanted, inspected: Inspected) -> list[str]:
+def _save(wanted: Wanted, inspected: Inspected, details: Mapping[str, str]) -> list[str]:
     try:
-        registry.save(wanted.name, inspected, granted_tenants=wanted.granted_tenants, **wanted.options)
+        row = registry.save(wanted.name, inspected, granted_tenants=wanted.granted_tenants, **wanted.options)
     except RegistrationError as error:
         return [f"{wanted.place}.{key}: {' '.join(texts)}" for key, texts in error.fields.items()]
-    return []
+    return models_yaml_adapters.apply(wanted.adapters, row, details)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from inference.engine.types import AdapterVector, SamplingParams
+from inference.engine.types import SamplingParams
+
+Wanted = tuple[tuple[str | int, float | None], ...]
+"""(name or id of an adapter, scale or None for its own)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +22,13 @@ class GenerateOrder:
     """None: as many as the context and the plan allow."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
-    adapters: AdapterVector = ()
+    adapters: Wanted | None = None
+    """Adapters by name or by llama.cpp's id; None: nothing was said, the tenant's default."""
     stream: bool = False
     use_cache: bool = False
+    """The completion cache."""
+    cache_prompt: bool = True
+    """Reuse what the engine still holds of earlier prompts of the tenant."""
     all_or_nothing: bool = False
     """Refuse rather than shorten the answer to what is left of the quota."""
     is_batch: bool = False

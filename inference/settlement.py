@@ -26,7 +26,7 @@ from inference import metrics
 from inference.completion_cache import Completion
 from inference.engine.types import Finished, FinishReason
 from inference.models import Receipt
-from inference.ticket import Ticket, TicketError
+from inference.ticket import Ticket, TicketError, adapter_scales
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ def receipt_row(ticket: Ticket, outcome: Outcome) -> Receipt:
         parent_id=ticket.parent_id,
         model=ticket.model_name,
         model_digest=ticket.model_digest,
+        adapters=adapter_scales(ticket.adapter_names, ticket.adapters),
         route=ticket.route,
         created_at=_moment(ticket.created_at),
         finished_at=_moment(outcome.finished_at),

@@ -8,6 +8,7 @@ leaves Redis when a worker takes the ticket.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -54,6 +55,9 @@ class Ticket:
     cache_key: str | None = None
     stop: tuple[str, ...] = ()
     adapters: AdapterVector = ()
+    adapter_names: tuple[str, ...] = ()
+    """What the tenant calls each of the adapters."""
+    prefix_cache: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prompt: tuple[int, ...] = ()
     """Empty for whoever only ends the request."""
@@ -83,9 +87,15 @@ class Ticket:
             if type(values[name]) not in kind:
                 raise TicketError(f"{name} of the ticket has the wrong type")
         values["stop"] = _strings(values["stop"])
+        values["adapter_names"] = _strings(values["adapter_names"])
         values["adapters"] = _adapters(values["adapters"])
         values["sampling"] = _sampling(values["sampling"])
         return Ticket(**values, prompt=_prompt(prompt, values["num_prompt_tokens"]))
+
+
+def adapter_scales(names: Sequence[str], adapters: AdapterVector) -> list[list[str | float]]:
+    """Pairs of name and scale, as receipts keep them."""
+    return [[name, scale] for name, (_, scale) in zip(names, adapters, strict=False)]
 
 
 HEADER_NAMES = tuple(item.name for item in fields(Ticket) if item.name not in {"prompt", "sampling"})
@@ -95,10 +105,11 @@ HEADER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(["tenant_id", "key_id", "quota_key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
     **dict.fromkeys(["reserved_tokens", "entered_tokens"], (int,)),
     **dict.fromkeys(["created_at", "queue_deadline_at", "deadline_at"], (float, int)),
-    **dict.fromkeys(["stream", "clamped"], (bool,)),
+    **dict.fromkeys(["stream", "clamped", "prefix_cache"], (bool,)),
     "cache_key": (str, type(None)),
     "stop": (list,),
     "adapters": (list,),
+    "adapter_names": (list,),
     "sampling": (dict,),
 }
 DEFAULTS = {item.name: getattr(SamplingParams(), item.name) for item in fields(SamplingParams)}

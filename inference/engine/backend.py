@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from inference.engine.costs import CostCurve
@@ -46,13 +47,43 @@ class Backend(Protocol):
         ...
 
     @property
+    def max_chunk_tokens(self) -> int:
+        """Prompt tokens of one sequence that one step can compute."""
+        ...
+
+    @property
     def cost(self) -> CostCurve: ...
 
     @property
     def supports_adapters(self) -> bool: ...
 
-    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
-        """Empty a slot and prepare its sampler, which has then seen the prompt. EngineError ends only this one."""
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Digests of the adapters that are loaded. Any thread may read it."""
+        ...
+
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        """Load a LoRA adapter, between steps. Raises EngineError "adapter_file_invalid"; then nothing has changed."""
+        ...
+
+    def unload_adapter(self, digest: str) -> None:
+        """Free an adapter that no open sequence uses. One that is not loaded is left alone."""
+        ...
+
+    @property
+    def supports_reuse(self) -> bool:
+        """Whether a slot can forget its last tokens and keep the first, and be copied."""
+        ...
+
+    def open(
+        self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+    ) -> None:
+        """Prepare a slot, which forgets all but its first num_cached tokens, and its sampler, which has then seen the
+        whole prompt. EngineError ends only this sequence; what the slot holds is unknown then."""
+        ...
+
+    def copy(self, source_id: int, target_id: int) -> None:
+        """Let one slot hold what another holds, and nothing else; open() follows."""
         ...
 
     def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:

@@ -10,17 +10,20 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 from inference.engine import sampling
 from inference.engine.backend import Backend, SlotWork
-from inference.engine.plan import ScheduleView, StepPlan
+from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
+from inference.engine.prefix import common_prefix
 from inference.engine.scheduler import schedule
 from inference.engine.sequence import Sequence
 from inference.engine.slots import SlotTable
 from inference.engine.stats import Counters, EngineStats
 from inference.engine.types import (
+    AdapterVector,
     Delta,
     EngineError,
     Finished,
@@ -28,6 +31,7 @@ from inference.engine.types import (
     GenerationRequest,
     Started,
     TokenEvent,
+    effective,
 )
 
 STEP_SECONDS = 0.1
@@ -65,6 +69,7 @@ class Engine:
         self._running: dict[str, Sequence] = {}
         self._next_deadline = math.inf
         self._drift = 1.0  # seconds that steps really take, per expected second
+        self._turn = Turn()
         self._counters = Counters()
         self._events: list[TokenEvent] = []
 
@@ -75,7 +80,8 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that this engine could never serve. Reads constants only, so any thread may call it.
 
-        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling" or "adapters_not_supported".
+        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling", "adapters_not_supported" or
+        "adapter_not_loaded".
         """
         backend = self._backend
         if not request.prompt or request.max_tokens < 1:
@@ -88,14 +94,27 @@ class Engine:
             )
         if min(request.prompt) < 0 or max(request.prompt) >= backend.n_vocab:
             raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {backend.n_vocab}")
-        if request.adapters and not backend.supports_adapters:
-            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        self._check_adapters(request.adapters)
         sampling.check(request.sampling, backend.n_vocab)
 
+    def _check_adapters(self, adapters: AdapterVector) -> None:
+        digests = [digest for digest, _ in adapters]
+        if len(set(digests)) < len(digests) or not all(math.isfinite(scale) for _, scale in adapters):
+            raise EngineError("invalid_request", "an adapter vector names each adapter once, with a finite scale")
+        wanted = {digest for digest, _ in effective(adapters)}
+        if wanted and not self._backend.supports_adapters:
+            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        if missing := wanted - self._backend.adapters:
+            raise EngineError("adapter_not_loaded", f"adapters that are not loaded: {', '.join(sorted(missing))}")
+
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
-        """Take a checked request whose id is not live."""
+        """Take a checked request whose id is not live. One whose adapter was unloaded since then ends with ERROR."""
         seed = sampling.settle_seed(request.sampling.seed, self._draw_seed)
-        self._waiting[request.request_id] = Sequence(request, seed=seed, submitted_at=submitted_at)
+        sequence = Sequence(request, seed=seed, submitted_at=submitted_at, arrived_step=self._counters.num_steps)
+        self._waiting[request.request_id] = sequence
+        if not {digest for digest, _ in sequence.adapters} <= self._backend.adapters:
+            self._finish(sequence, FinishReason.ERROR, self._clock(), error="adapter_not_loaded")
+            return
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
 
@@ -113,6 +132,26 @@ class Engine:
         self._waiting.clear()
         self._slots = SlotTable(self._backend.n_slots)
 
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        """Load an adapter, between steps. One that is loaded already stays. Raises what Backend.load_adapter does."""
+        if not self._backend.supports_adapters:
+            raise EngineError("adapters_not_supported", "this model is served without adapters")
+        if digest not in self._backend.adapters:
+            self._backend.load_adapter(digest, path)
+
+    def unload_adapter(self, digest: str) -> None:
+        """Free an adapter. One that is not loaded is left alone. Raises EngineError "adapter_in_use"."""
+        live = (*self._running.values(), *self._waiting.values())
+        if any(digest == each for sequence in live for each, _ in sequence.adapters):
+            raise EngineError("adapter_in_use", f"a live sequence uses adapter {digest}")
+        if digest in self._backend.adapters:
+            self._backend.unload_adapter(digest)
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Digests of the loaded adapters. Any thread."""
+        return self._backend.adapters
+
     def take_events(self) -> list[TokenEvent]:
         """What has happened since the last call, in order."""
         events, self._events = self._events, []
@@ -126,6 +165,7 @@ class Engine:
         self._seat(plan.seats)
         if work := self._start(plan, now):
             outputs = self._backend.execute(list(work.values()), plan.adapters)
+            self._take_turn(plan.adapters, self._clock() - now)
             self._commit(work, outputs, started=now)
 
     def stats(self) -> EngineStats:
@@ -140,10 +180,13 @@ class Engine:
             num_decode_steps=counters.num_decode_steps,
             num_decode_sequences=counters.num_decode_sequences,
             prompt_tokens_total=counters.prompt_tokens_total,
+            cached_tokens_total=counters.cached_tokens_total,
             completion_tokens_total=counters.completion_tokens_total,
             prefill_seconds_total=counters.prefill_seconds_total,
             decode_seconds_total=counters.decode_seconds_total,
             last_step_at=counters.last_step_at,
+            num_switches=counters.num_switches,
+            num_adapters=len(self._backend.adapters),
             cost_curve=self._backend.cost,
         )
 
@@ -159,13 +202,43 @@ class Engine:
         free = self._slots.free
         return ScheduleView(
             running=tuple(sequence.candidate() for sequence in self._running.values()),
-            waiting=tuple(sequence.candidate() for sequence in islice(self._waiting.values(), len(free))),
+            waiting=tuple(self._waiting_candidates()) if free else (),
             free_slots=free,
+            held={slot_id: len(held.tokens) for slot_id, held in self._slots.held.items()},
+            used={slot_id: held.used for slot_id, held in self._slots.held.items()},
+            n_ctx=self._backend.n_ctx,
             num_slots=self._slots.num_slots,
             max_step_tokens=self._backend.max_step_tokens,
+            max_chunk_tokens=self._backend.max_chunk_tokens,
             step_seconds=self._step_seconds / self._drift,
             cost=self._backend.cost,
+            step=self._counters.num_steps,
+            turn=self._turn,
         )
+
+    def _waiting_candidates(self) -> Iterator[Candidate]:
+        """Twice as many as there are slots: some may only wait for what others compute."""
+        before = [sequence for sequence in self._running.values() if not sequence.is_decoding]
+        for sequence in islice(self._waiting.values(), 2 * self._slots.num_slots):
+            if sequence.cache_key is None or not sequence.request.cache_prompt or not self._backend.supports_reuse:
+                yield sequence.candidate()
+                continue
+            shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
+            yield sequence.candidate(self._prefixes(sequence), shared)
+            before.append(sequence)
+
+    def _prefixes(self, sequence: Sequence) -> dict[int, int]:
+        """How much of a waiting prompt each slot has computed under its key; its last token is always computed anew."""
+        prompt = list(sequence.request.prompt[:-1])
+        found = {
+            slot_id: common_prefix(prompt, held.tokens)
+            for slot_id, held in self._slots.held.items()
+            if held.key == sequence.cache_key
+        }
+        for each in self._running.values():
+            if each.slot_id is not None and each.cache_key == sequence.cache_key:
+                found[each.slot_id] = min(sequence.num_reusable(each), len(prompt))
+        return {slot_id: number for slot_id, number in found.items() if number}
 
     def _end_expired(self, now: float) -> None:
         """End what is past its deadline. Looks at the sequences only when some deadline can have passed."""
@@ -182,17 +255,22 @@ class Engine:
 
     # act
 
-    def _seat(self, seats: Iterable[tuple[str, int]]) -> None:
-        for request_id, slot_id in seats:
-            sequence = self._waiting.pop(request_id)
-            self._slots.take(slot_id, request_id)
-            sequence.slot_id = slot_id
-            self._running[request_id] = sequence
+    def _seat(self, seats: Iterable[Seat]) -> None:
+        for seat in seats:
+            sequence = self._waiting.pop(seat.request_id)
+            self._slots.take(seat.slot_id, seat.request_id)
+            sequence.slot_id = seat.slot_id
+            self._running[seat.request_id] = sequence
             request = sequence.request
+            if seat.copy_from is not None:
+                self._backend.copy(seat.copy_from, seat.slot_id)
             try:
-                self._backend.open(slot_id, request.prompt, request.sampling, sequence.seed)
+                self._backend.open(seat.slot_id, request.prompt, request.sampling, sequence.seed, seat.num_cached)
             except EngineError as error:
                 self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
+            else:
+                sequence.reuse(seat.num_cached)
+                self._counters.cached_tokens_total += seat.num_cached
 
     def _start(self, plan: StepPlan, now: float) -> dict[str, SlotWork]:
         """The plan as work for the backend, by request id and in order of slots; announces who is in a first step."""
@@ -207,6 +285,10 @@ class Engine:
             request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id])
             for slot_id, request_id in seated
         }
+
+    def _take_turn(self, adapters: AdapterVector, seconds: float) -> None:
+        self._counters.num_switches += adapters != self._turn.adapters
+        self._turn = self._turn.after(adapters, seconds)
 
     # commit
 
@@ -280,5 +362,6 @@ class Engine:
         )
         self._waiting.pop(sequence.request_id, None)
         if self._running.pop(sequence.request_id, None) and sequence.slot_id is not None:
-            self._slots.give_back(sequence.slot_id, sequence.request_id)
+            held = sequence.held(self._counters.num_steps)
+            self._slots.give_back(sequence.slot_id, sequence.request_id, held)
             self._backend.close(sequence.slot_id)

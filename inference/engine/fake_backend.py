@@ -1,7 +1,7 @@
 """A backend that invents text at a set speed: for tests of policy and for measuring everything around the engine.
 
-Deterministic: the answer depends on the prompt and, above temperature 0, on the seed; never on neighbours. Token ids of
-any vocabulary are accepted as a prompt; answers are made of the ids 0..len(PIECES)-1.
+Deterministic: the answer depends on the prompt, the adapter vector and, above temperature 0, the seed; never on
+neighbours. Token ids of any vocabulary are accepted as a prompt; answers are made of the ids 0..len(PIECES)-1.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from inference.engine.backend import SlotWork
 from inference.engine.costs import CostCurve
-from inference.engine.types import AdapterVector, SamplingParams
+from inference.engine.types import AdapterVector, EngineError, SamplingParams
 
 _WORDS = """the a river light of and stone quiet morning under over carries small bright road to in old story garden
 wind between slow water door finds open path every house said green keeps near far mountain letter turns soft evening
@@ -42,10 +43,13 @@ def invented_answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
 
 
 class FakeBackend:
-    """Implements Backend. A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep.
+    """Implements Backend, and checks what it is told about slots: ValueError where tokens would not be what they must.
+
+    A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep.
 
     answer: what is generated. answer_tokens: after so many tokens the answer ends, never if None.
-    supports_adapters: accept adapter vectors, which change nothing.
+    supports_adapters: load adapters, of any existing file that is not empty; a vector changes the seed of the answer.
+    seconds_per_switch: what a step costs in addition where its vector is not that of the step before.
     """
 
     def __init__(
@@ -60,32 +64,75 @@ class FakeBackend:
         n_vocab: int = 2**31 - 1,
         max_step_tokens: int = 512,
         supports_adapters: bool = False,
+        seconds_per_switch: float = 0.0,
+        supports_reuse: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.n_slots = n_slots
         self.n_ctx = n_ctx
         self.n_vocab = n_vocab
         self.max_step_tokens = max(max_step_tokens, n_slots)
+        self.max_chunk_tokens = self.max_step_tokens
         self.supports_adapters = supports_adapters
         self.cost = _linear(seconds_per_step, seconds_per_token)
         self._answer = answer
         self._answer_tokens = answer_tokens
         self._sleep = sleep
         self._open: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._seconds_per_switch = seconds_per_switch
+        self._attached: AdapterVector = ()
+        self._held: dict[int, list[tuple[int, AdapterVector]]] = {}
+        self.supports_reuse = supports_reuse
+        self.adapters: frozenset[str] = frozenset()
 
-    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file() or path.stat().st_size == 0:
+            raise EngineError("adapter_file_invalid", f"{path} is no adapter")
+        self.adapters |= {digest}
+
+    def unload_adapter(self, digest: str) -> None:
+        self.adapters -= {digest}
+
+    def open(
+        self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+    ) -> None:
         if not 0 <= slot_id < self.n_slots or slot_id in self._open:
             raise ValueError(f"slot {slot_id} cannot be opened")
+        kept = self._held.get(slot_id, [])[:num_cached]
+        if [token for token, _ in kept] != list(prompt[:num_cached]) or num_cached >= len(prompt):
+            raise ValueError(f"slot {slot_id} does not hold the first {num_cached} tokens of this prompt")
+        self._held[slot_id] = kept
         self._open[slot_id] = tuple(prompt), 0 if sampling.temperature <= 0 else seed
 
+    def copy(self, source_id: int, target_id: int) -> None:
+        if target_id in self._open:
+            raise ValueError(f"slot {target_id} is in use")
+        self._held[target_id] = list(self._held.get(source_id, []))
+
     def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
+        if missing := {digest for digest, _ in adapters} - self.adapters:
+            raise ValueError(f"adapters {sorted(missing)} are not loaded")
         seconds = self.cost.seconds(sum(len(part.tokens) for part in work))
+        if adapters != self._attached:
+            self._attached = adapters
+            seconds += self._seconds_per_switch
         if seconds > 0:
             self._sleep(seconds)
-        return [(self._next_token(part),) if part.samples else () for part in work]
+        for part in work:
+            self._hold(part, adapters)
+        return [(self._next_token(part, adapters),) if part.samples else () for part in work]
 
-    def _next_token(self, part: SlotWork) -> int:
+    def _hold(self, part: SlotWork, adapters: AdapterVector) -> None:
+        held = self._held[part.slot_id]
+        if part.start != len(held) or any(vector != adapters for _, vector in held):
+            raise ValueError(f"slot {part.slot_id} holds {len(held)} tokens, or some of another adapter vector")
+        held.extend((token, adapters) for token in part.tokens)
+
+    def _next_token(self, part: SlotWork, adapters: AdapterVector) -> int:
         prompt, seed = self._open[part.slot_id]
+        if adapters:
+            seed ^= zlib.crc32(repr(adapters).encode())
         index = part.start + len(part.tokens) - len(prompt)
         return END if index == self._answer_tokens else self._answer(prompt, seed, index)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 from inference.engine import sampling as sampling_chain
 from inference.engine.backend import SlotWork
 from inference.engine.costs import CostCurve, measure
+from inference.engine.lora_file import write_padded
 from inference.engine.sampling import SamplerStep
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
 
@@ -36,6 +38,9 @@ CONTEXT_STEP = 256
 """llama.cpp rounds the context of a sequence up to a multiple of this; our limit is exact and below it."""
 
 MAX_STEP_TOKENS = 512
+MAX_CPU_CHUNK = 63
+"""From 64 tokens of one sequence on, llama.cpp's attention on a CPU takes another kernel, whose results differ in the
+last bits and so in a token now and then. Below, prompts give the same tokens however they are cut."""
 KV_TYPES = {"f16": native.GGML_TYPE_F16, "q8_0": native.GGML_TYPE_Q8_0, "q4_0": native.GGML_TYPE_Q4_0}
 _FLASH_ATTENTION = {
     None: native.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -74,9 +79,9 @@ _piece = _with_gil(native.llama_token_to_piece)
 class LlamaBackend:
     """Implements Backend with llama.cpp. Made by load(); n_ctx is the exact limit of a slot in tokens."""
 
-    supports_adapters = False
+    supports_adapters = True
 
-    def __init__(self, model: Any, context: Any, *, n_ctx: int, n_slots: int) -> None:
+    def __init__(self, model: Any, context: Any, *, n_ctx: int, n_slots: int, is_on_cpu: bool = True) -> None:
         self.n_ctx = n_ctx
         self.n_slots = n_slots
         self.max_step_tokens = _step_tokens(n_slots)
@@ -91,8 +96,14 @@ class LlamaBackend:
         self._is_end = frozenset(self._end_tokens)
         self._pieces: dict[int, bytes] = {}
         self._samplers: dict[int, Any] = {}
+        self._adapters: dict[str, Any] = {}
+        self._attached: AdapterVector = ()
+        self.adapters: frozenset[str] = frozenset()
         self._batch = _Batch(self.max_step_tokens)
         self._is_freed = False
+        self.supports_reuse = False
+        self._is_on_cpu = is_on_cpu
+        self.max_chunk_tokens = MAX_CPU_CHUNK if is_on_cpu else self.max_step_tokens
         self.cost = CostCurve()
 
     @classmethod
@@ -125,13 +136,16 @@ class LlamaBackend:
         except BaseException:
             native.llama_model_free(model)
             raise
-        backend = cls(model, context, n_ctx=n_ctx, n_slots=n_slots)
+        backend = cls(model, context, n_ctx=n_ctx, n_slots=n_slots, is_on_cpu=n_gpu_layers == 0)
         backend._measure()
         return backend
 
-    def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+    def open(
+        self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+    ) -> None:
         self.close(slot_id)
-        native.llama_memory_seq_rm(self._memory, slot_id, -1, -1)
+        if not native.llama_memory_seq_rm(self._memory, slot_id, num_cached, -1):
+            raise RuntimeError(f"slot {slot_id} cannot be cut to {num_cached} tokens")
         steps = sampling_chain.chain(sampling, seed=seed, n_ctx=self.n_ctx, end_tokens=self._end_tokens)
         sampler = self._chain(steps)
         self._samplers[slot_id] = sampler
@@ -139,13 +153,58 @@ class LlamaBackend:
             for token in prompt[-window:]:
                 _accept(sampler, token)
 
+    def copy(self, source_id: int, target_id: int) -> None:
+        """The whole stream: a part of one would abort the process. The data moves with the next decode, in the order of
+        the calls and before anything is computed; which tokens a slot holds is known at once, so it can be cut now."""
+        native.llama_memory_seq_cp(self._memory, source_id, target_id, -1, -1)
+
     def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
+        if adapters != self._attached:
+            self._attach(adapters)
         rows = self._decode(work)
         context, samplers = self._context, self._samplers
         return [
             (_sample(samplers[part.slot_id], context, row),) if part.samples else ()
             for part, row in zip(work, rows, strict=True)
         ]
+
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        """Between steps, so that nothing is computed while the model changes. A known digest is left alone."""
+        if digest in self._adapters:
+            return
+        file = _checked_file(Path(path), kind="adapter")
+        try:
+            with tempfile.NamedTemporaryFile(suffix=".gguf") as padded:
+                is_padded = self._is_on_cpu and write_padded(file, padded.file)
+                source = padded.name if is_padded else file
+                adapter = native.llama_adapter_lora_init(self._model, os.fsencode(source))
+        except OSError as error:
+            raise EngineError("adapter_file_invalid", f"{file} cannot be prepared for this machine: {error}") from error
+        if not adapter:
+            raise EngineError(
+                "adapter_file_invalid",
+                f"llama.cpp cannot apply {file} to this model: the file is damaged, or made for another base model",
+            )
+        self._adapters[digest] = adapter
+        self.adapters = frozenset(self._adapters)
+
+    def unload_adapter(self, digest: str) -> None:
+        """Detach everything, then free: the context must hold no pointer to what is gone."""
+        if digest not in self._adapters:
+            return
+        self._attach(())
+        native.llama_adapter_lora_free(self._adapters.pop(digest))
+        self.adapters = frozenset(self._adapters)
+
+    def _attach(self, adapters: AdapterVector) -> None:
+        """The whole vector of the next step: what is not named is detached. Costs about 4 ms at the next decode."""
+        number = len(adapters)
+        handles = (native.llama_adapter_lora_p_ctypes * number)(*(self._adapters[digest] for digest, _ in adapters))
+        scales = (ctypes.c_float * number)(*(scale for _, scale in adapters))
+        status = native.llama_set_adapters_lora(self._context, handles, number, scales)
+        if status != 0:
+            raise RuntimeError(f"llama.cpp cannot attach {number} adapters (status {status})")
+        self._attached = adapters
 
     def _decode(self, work: Sequence[SlotWork]) -> list[int]:
         """Compute the step; return the row of each part's last token."""
@@ -176,7 +235,7 @@ class LlamaBackend:
         for slot_id in tuple(self._samplers):
             self.close(slot_id)
         native.llama_free(self._context)
-        native.llama_model_free(self._model)
+        native.llama_model_free(self._model)  # and the adapters, which belong to it
 
     def _chain(self, steps: Sequence[SamplerStep]) -> Any:
         """A native chain of these samplers, which owns them."""
@@ -213,8 +272,20 @@ class LlamaBackend:
 
         most = min(self.max_step_tokens, self.n_ctx)
         self.cost = measure(step, most=most)
+        self.supports_reuse = self._can_trim()
         native.llama_memory_seq_rm(self._memory, 0, -1, -1)
         logger.info("cost of a step, (tokens, seconds): %s", self.cost.points)
+
+    def _can_trim(self) -> bool:
+        """Whether slot 0 can forget its last token and keep those before: recurrent models cannot."""
+        if native.llama_model_is_recurrent(self._model) or native.llama_model_is_hybrid(self._model):
+            return False
+        native.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        self._decode([SlotWork(0, 0, [0, 0], True)])
+        return (
+            bool(native.llama_memory_seq_rm(self._memory, 0, 1, -1))
+            and native.llama_memory_seq_pos_max(self._memory, 0) == 0
+        )
 
 
 class _Batch:
@@ -304,17 +375,18 @@ def _check_options(n_ctx: int, n_slots: int, kv_type: str, flash_attention: bool
         raise EngineError("model_options_invalid", "; ".join(problems))
 
 
-def _checked_file(path: Path) -> Path:
-    """The path of something that at least begins like a GGUF file."""
+def _checked_file(path: Path, kind: str = "model") -> Path:
+    """The path of something that at least begins like a GGUF file. kind: model or adapter, for the error."""
+    missing = "model_file_missing" if kind == "model" else "adapter_file_invalid"
     if not path.is_file():
-        raise EngineError("model_file_missing", f"there is no model file at {path}: check the path of the served model")
+        raise EngineError(missing, f"there is no {kind} file at {path}: check the path of the served {kind}")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise EngineError("model_file_missing", f"the model file {path} cannot be read: {error.strerror}") from error
+        raise EngineError(missing, f"the {kind} file {path} cannot be read: {error.strerror}") from error
     if magic != b"GGUF":
-        raise EngineError("model_file_invalid", f"{path} is not a GGUF file: download or convert the model again")
+        raise EngineError(f"{kind}_file_invalid", f"{path} is not a GGUF file: download or convert the {kind} again")
     return path
 
 

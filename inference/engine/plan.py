@@ -6,7 +6,8 @@ and writes a StepPlan; the engine executes the plan without deciding anything mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from inference.engine.costs import CostCurve
 from inference.engine.types import AdapterVector
@@ -18,7 +19,10 @@ class Candidate:
 
     num_pending: tokens it has that are not computed yet, at least 1. is_decoding: its prompt is done, and all its
     pending tokens belong to one step (the last token, and any drafts). last_step: number of the step that carried it
-    last, -1 if none did.
+    last, -1 if none did. arrived_step: number of the step before which it came.
+
+    Of waiting ones also, all under the same cache key, prefixes: how many of its first tokens, never all, a slot has
+    computed; shared: how many it has in common with another request's prompt that is computed now or waits before it.
     """
 
     request_id: str
@@ -26,30 +30,71 @@ class Candidate:
     is_decoding: bool = False
     adapters: AdapterVector = ()
     last_step: int = -1
+    arrived_step: int = 0
+    prefixes: Mapping[int, int] = field(default_factory=dict)
+    shared: Mapping[str, int] = field(default_factory=dict)
+
+    def after_reuse(self, num_cached: int) -> Candidate:
+        """The same once it sits in a slot that has its first num_cached tokens."""
+        return replace(self, num_pending=self.num_pending - num_cached) if num_cached else self
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The adapter vector of the latest step, and the steps and seconds that it has had without a break."""
+
+    adapters: AdapterVector = ()
+    num_steps: int = 0
+    seconds: float = 0.0
+
+    def after(self, adapters: AdapterVector, seconds: float) -> Turn:
+        """The turn after one more step, with this vector and of so many seconds."""
+        if adapters != self.adapters:
+            return Turn(adapters, 1, seconds)
+        return Turn(adapters, self.num_steps + 1, self.seconds + seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleView:
-    """Everything a scheduling decision may look at. Running and waiting are in order of arrival."""
+    """Everything a scheduling decision may look at. Running and waiting are in order of arrival.
+
+    step: number of the step to plan. held: tokens that free slots hold; used: the step after which they became free.
+    """
 
     running: tuple[Candidate, ...] = ()
     waiting: tuple[Candidate, ...] = ()
     free_slots: frozenset[int] = frozenset()
+    held: Mapping[int, int] = field(default_factory=dict)
+    used: Mapping[int, int] = field(default_factory=dict)
     num_slots: int = 1
+    n_ctx: int = 4096
     max_step_tokens: int = 512
+    max_chunk_tokens: int = 512
     step_seconds: float = 0.1
     cost: CostCurve = field(default_factory=CostCurve)
+    step: int = 0
+    turn: Turn = field(default_factory=Turn)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from."""
+
+    request_id: str
+    slot_id: int
+    num_cached: int = 0
+    copy_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What the next step does.
 
-    seats: (request id, slot id) of waiting requests that get a slot first; the engine reads it.
+    seats: of waiting requests that get a slot first, in this order; the engine reads it.
     num_tokens: how many pending tokens of which sequence are computed; engine and backend read it.
     adapters: the one adapter vector of all sequences in the step; the backend reads it.
     """
 
-    seats: tuple[tuple[str, int], ...] = ()
+    seats: tuple[Seat, ...] = ()
     num_tokens: dict[str, int] = field(default_factory=dict)
     adapters: AdapterVector = ()

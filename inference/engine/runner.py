@@ -10,6 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 
 from inference.engine.backend import Backend
 from inference.engine.engine import Engine, draw_seed
@@ -20,6 +22,25 @@ logger = logging.getLogger(__name__)
 
 STOPPING = "worker_stopping"
 CRASHED = "engine_crashed"
+
+
+class _Errand:
+    """Something to do on the engine's thread between two steps, for a thread that waits."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self.result: Future[None] = Future()
+
+    def run(self) -> None:
+        """An EngineError is the caller's; anything else is a broken backend, for both."""
+        try:
+            self._action()
+        except BaseException as error:
+            self.result.set_exception(error)
+            if not isinstance(error, EngineError):
+                raise
+        else:
+            self.result.set_result(None)
 
 
 class EngineRunner:
@@ -51,8 +72,10 @@ class EngineRunner:
         self._live: set[str] = set()
         self._inbox: list[tuple[GenerationRequest, float]] = []
         self._cancels: list[str] = []
+        self._errands: list[_Errand] = []
         self._is_taking = True
         self._is_stopping = False
+        self._is_closed = False
 
     def start(self) -> None:
         """Start the thread. Once only."""
@@ -81,6 +104,31 @@ class EngineRunner:
             if request_id in self._live:
                 self._cancels.append(request_id)
                 self._changed.notify_all()
+
+    def load_adapter(self, digest: str, path: str | Path) -> None:
+        """Load an adapter between two steps, and wait for it. Any thread but the engine's.
+
+        Raises EngineError "adapter_file_invalid", "adapters_not_supported" or "engine_stopped".
+        """
+        self._do(lambda: self._engine.load_adapter(digest, path))
+
+    def unload_adapter(self, digest: str) -> None:
+        """Free an adapter between two steps, and wait for it. Raises EngineError "adapter_in_use", "engine_stopped"."""
+        self._do(lambda: self._engine.unload_adapter(digest))
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Digests of the loaded adapters. Any thread."""
+        return self._engine.adapters
+
+    def _do(self, action: Callable[[], None]) -> None:
+        errand = _Errand(action)
+        with self._changed:
+            if self._is_closed:
+                raise EngineError("engine_stopped", "the engine has stopped")
+            self._errands.append(errand)
+            self._changed.notify_all()
+        errand.result.result()
 
     def stats(self) -> EngineStats:
         """A snapshot. Any thread."""
@@ -122,7 +170,7 @@ class EngineRunner:
     def _take_inbox(self) -> bool:
         """Sleep until there is something to do, then hand new requests and cancels to the engine. False: stop."""
         with self._changed:
-            while not (self._inbox or self._cancels or self._engine.has_work or self._is_stopping):
+            while not (self._inbox or self._cancels or self._errands or self._engine.has_work or self._is_stopping):
                 self._changed.wait()
             if self._is_stopping:
                 return False
@@ -132,7 +180,17 @@ class EngineRunner:
             self._engine.add(request, submitted_at)
         for request_id in cancels:
             self._engine.cancel(request_id)
+        self._run_errands()
         return True
+
+    def _run_errands(self) -> None:
+        """One by one: should one break the engine, those behind it are still there to be answered."""
+        while True:
+            with self._changed:
+                if not self._errands:
+                    return
+                errand = self._errands.pop(0)
+            errand.run()
 
     def _deliver(self) -> None:
         """Hand the events of a step to the sink, then forget the finished: their ids may come again."""
@@ -153,7 +211,11 @@ class EngineRunner:
         """End every live sequence with this error and free the backend. Nothing is taken afterwards."""
         with self._changed:
             self._is_taking = False
+            self._is_closed = True
             inbox, self._inbox = self._inbox, []
+            errands, self._errands = self._errands, []
+        for errand in errands:
+            errand.result.set_exception(EngineError("engine_stopped", "the engine has stopped"))
         for request, submitted_at in inbox:
             self._engine.add(request, submitted_at)
         self._engine.end_all(error)

@@ -7,10 +7,13 @@ batch of them is decoding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from inference.engine.backend import SlotWork
 from inference.engine.plan import Candidate
+from inference.engine.prefix import CacheKey, Held, common_prefix
 from inference.engine.stop import TextAssembler
-from inference.engine.types import GenerationRequest, Receipt
+from inference.engine.types import GenerationRequest, Receipt, effective
 
 
 class Sequence:
@@ -21,6 +24,11 @@ class Sequence:
         "_decode_batch_sequences",
         "_decode_steps",
         "_num_steps",
+        "adapters",
+        "arrived_step",
+        "cache_key",
+        "cached_tokens",
+        "common",
         "first_token_at",
         "last_step",
         "num_computed",
@@ -33,8 +41,15 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: GenerationRequest, *, seed: int, submitted_at: float) -> None:
+    def __init__(self, request: GenerationRequest, *, seed: int, submitted_at: float, arrived_step: int = 0) -> None:
         self.request = request
+        self.adapters = effective(request.adapters)
+        self.cache_key: CacheKey | None = None
+        if request.cache_scope is not None:
+            self.cache_key = request.cache_scope, self.adapters
+        self.cached_tokens = 0
+        self.common: dict[str, int] = {}  # prompt tokens in common with another request's prompt; prompts never change
+        self.arrived_step = arrived_step
         self.seed = seed
         self.submitted_at = submitted_at
         self.started_at: float | None = None
@@ -61,14 +76,43 @@ class Sequence:
     def is_decoding(self) -> bool:
         return len(self.tokens) > len(self.request.prompt)
 
-    def candidate(self) -> Candidate:
+    def reuse(self, num_cached: int) -> None:
+        """The first num_cached tokens need not be computed: the slot has them."""
+        self.num_computed = self.cached_tokens = num_cached
+
+    def held(self, used: int) -> Held | None:
+        """What the slot still holds when this sequence has left it after step `used`."""
+        return Held(self.cache_key, self.tokens[: self.num_computed], used) if self.cache_key else None
+
+    def num_shared(self, other: Sequence) -> int:
+        """Tokens that the prompts of both begin with; 0 unless they may share."""
+        if self.cache_key is None or self.cache_key != other.cache_key:
+            return 0
+        known = self.common.get(other.request_id)
+        if known is None:
+            known = self.common[other.request_id] = common_prefix(self.request.prompt, other.request.prompt)
+        return known
+
+    def num_reusable(self, other: Sequence) -> int:
+        """Tokens of this prompt that the other, running, has computed; 0 unless they may share."""
+        number = self.num_shared(other)
+        if number and number == len(other.request.prompt):
+            number += common_prefix(list(self.request.prompt[number:]), other.tokens[number:])
+        return min(number, other.num_computed)
+
+    def candidate(
+        self, prefixes: Mapping[int, int] | None = None, shared: Mapping[str, int] | None = None
+    ) -> Candidate:
         """How the scheduler sees this sequence."""
         return Candidate(
             self.request.request_id,
             len(self.tokens) - self.num_computed,
             self.is_decoding,
-            self.request.adapters,
+            self.adapters,
             self.last_step,
+            self.arrived_step,
+            prefixes or {},
+            shared or {},
         )
 
     def work(self, slot_id: int, num_tokens: int) -> SlotWork:
@@ -92,6 +136,7 @@ class Sequence:
         first_token = now if self.first_token_at is None else self.first_token_at
         return Receipt(
             prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached_tokens,
             completion_tokens=self.num_completion,
             queue_seconds=started - self.submitted_at,
             prefill_seconds=first_token - started,

@@ -15,7 +15,9 @@ class EngineStats:
     """A snapshot. Totals only rise; last_step_at is monotonic seconds, None before the first step.
 
     num_batched_sequences sums the sequences of every executed plan, num_decode_sequences those that were generating,
-    over the num_decode_steps plans that had any. A step's seconds are shared out by its prompt and generated tokens.
+    over the num_decode_steps plans that had any. prompt_tokens_total: those computed, without the
+    cached ones. num_switches: steps with another adapter vector than the
+    one before; num_adapters: those loaded now. A step's seconds are shared out by its prompt and generated tokens.
     """
 
     num_slots: int
@@ -26,10 +28,13 @@ class EngineStats:
     num_decode_steps: int
     num_decode_sequences: int
     prompt_tokens_total: int
+    cached_tokens_total: int
     completion_tokens_total: int
     prefill_seconds_total: float
     decode_seconds_total: float
     last_step_at: float | None
+    num_switches: int
+    num_adapters: int
     cost_curve: CostCurve
 
 
@@ -42,10 +47,12 @@ class Counters:
     num_decode_steps: int = 0
     num_decode_sequences: int = 0
     prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
     completion_tokens_total: int = 0
     prefill_seconds_total: float = 0.0
     decode_seconds_total: float = 0.0
     last_step_at: float | None = None
+    num_switches: int = 0
 
     def count_step(self, *, num_sequences: int, num_decoding: int, prompt: int, decoded: int, seconds: float) -> None:
         """Book an executed step of prompt + decoded computed tokens."""

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 AdapterVector = tuple[tuple[str, float], ...]
-"""Adapters active for a sequence as sorted (adapter digest, scale) pairs; () is the base model."""
+"""Adapters active for a sequence as (adapter digest, scale) pairs; () is the base model."""
+
+
+def effective(adapters: AdapterVector) -> AdapterVector:
+    """What a vector does, in one form: sorted, and without the scales 0, which change nothing."""
+    return tuple(sorted((digest, scale) for digest, scale in adapters if scale != 0.0))
+
 
 DEFAULT_SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 """The order in which llama.cpp's server chains its samplers by default."""
@@ -56,7 +62,8 @@ class GenerationRequest:
     """One sequence to generate.
 
     prompt: 1..n_ctx-1 token ids. max_tokens: 1 or more; generation also ends at the slot's context limit.
-    stop: strings that end generation and are not part of the text. deadline: monotonic seconds.
+    stop: strings that end generation and are not part of the text. deadline: monotonic seconds. cache_scope: whose
+    computed tokens may be reused, and may reuse these; None shares with nobody. cache_prompt: whether it reuses any.
     """
 
     request_id: str
@@ -66,6 +73,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     deadline: float | None = None
     adapters: AdapterVector = ()
+    cache_scope: str | None = None
+    cache_prompt: bool = True
 
 
 class FinishReason(StrEnum):
@@ -81,7 +90,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What was really computed for one sequence.
+    """What was really computed for one sequence; of its prompt, all but the cached_tokens.
 
     completion_tokens counts every token that was sampled and committed, those of a stop string and of a held-back
     character included. batch_sequences sums, over the num_steps executed plans that carried this sequence, how many

@@ -319,6 +319,7 @@ def test_tokens_of_a_verified_draft_are_committed_one_by_one(clock: HandClock) -
 
 def test_adapter_vectors_take_turns_on_a_backend_that_has_them(clock: HandClock) -> None:
     bench = Bench(clock, FakeBackend(2, 64, supports_adapters=True))
+    bench.engine.load_adapter("poet", __file__)
     bench.add("a", adapters=(("poet", 1.0),))
     bench.add("b")
     bench.run()
@@ -326,12 +327,91 @@ def test_adapter_vectors_take_turns_on_a_backend_that_has_them(clock: HandClock)
     assert_well_formed(bench.events)
 
 
+def adapting(clock: HandClock, n_slots: int = 4, **options: Any) -> Bench:
+    """A bench with the adapters poet and clerk loaded."""
+    bench = Bench(clock, FakeBackend(n_slots, 256, supports_adapters=True, sleep=clock.sleep, **options))
+    bench.engine.load_adapter("poet", __file__)
+    bench.engine.load_adapter("clerk", __file__)
+    return bench
+
+
+def test_an_answer_depends_on_the_vector_and_not_on_those_beside_it(clock: HandClock) -> None:
+    vectors = [(), (("poet", 0.0),), (("poet", 0.3),), (("poet", 1.0),), (("clerk", 1.0), ("poet", 1.0))]
+    alone = []
+    for vector in vectors:
+        bench = adapting(clock)
+        bench.add(adapters=vector, max_tokens=40)
+        bench.run()
+        alone.append(bench.text())
+    assert alone[0] == alone[1]
+    assert len(set(alone)) == 4
+    together = adapting(clock, n_slots=5)
+    for number, vector in enumerate(vectors):
+        together.add(f"r{number}", adapters=vector, max_tokens=40)
+    together.run()
+    assert [together.text(f"r{number}") for number in range(5)] == alone
+
+
+def test_vectors_that_do_the_same_share_a_batch(clock: HandClock) -> None:
+    bench = adapting(clock)
+    bench.add("a", adapters=(("clerk", 1.0), ("poet", 0.5)))
+    bench.add("b", adapters=(("poet", 0.5), ("clerk", 1.0)))
+    bench.run()
+    receipt = bench.finished["a"].receipt
+    assert receipt.batch_sequences == 2 * receipt.num_steps
+    assert bench.engine.stats().num_switches == 1
+
+
+def test_two_busy_vectors_switch_rarely_and_each_gets_its_first_token_at_once(clock: HandClock) -> None:
+    bench = adapting(clock, seconds_per_step=0.01)
+    for name, vector in {"a": (), "b": (("poet", 1.0),)}.items():
+        bench.add(name, adapters=vector, max_tokens=128)
+    bench.run()
+    assert bench.engine.stats().num_switches <= 2 * 128 / 16 + 1
+    assert max(each.receipt.prefill_seconds for each in bench.finished.values()) < 0.05
+
+
+@pytest.mark.parametrize("vector", [(("poet", 1.0), ("poet", 0.5)), (("poet", float("nan")),)])
+def test_a_vector_that_means_nothing_is_refused(clock: HandClock, vector: Any) -> None:
+    with pytest.raises(EngineError) as caught:
+        adapting(clock).add(adapters=vector)
+    assert caught.value.code == "invalid_request"
+
+
+def test_an_adapter_in_use_stays_and_an_idle_one_can_go(clock: HandClock) -> None:
+    bench = adapting(clock)
+    bench.add(adapters=(("poet", 1.0),))
+    with pytest.raises(EngineError) as caught:
+        bench.engine.unload_adapter("poet")
+    assert caught.value.code == "adapter_in_use"
+    bench.run()
+    bench.engine.unload_adapter("poet")
+    bench.engine.unload_adapter("poet")
+    assert bench.engine.adapters == {"clerk"}
+    with pytest.raises(EngineError) as caught:
+        bench.add("late", adapters=(("poet", 1.0),))
+    assert caught.value.code == "adapter_not_loaded"
+
+
+def test_a_request_whose_adapter_went_before_it_came_ends_with_an_error(clock: HandClock) -> None:
+    bench = adapting(clock)
+    request = make_request(adapters=(("poet", 1.0),))
+    bench.engine.check(request)
+    bench.engine.unload_adapter("poet")
+    bench.engine.add(request, clock())
+    bench.run()
+    bench.events += bench.engine.take_events()
+    assert (bench.finished["r"].reason, bench.finished["r"].error) == (FinishReason.ERROR, "adapter_not_loaded")
+
+
 def test_a_slot_that_cannot_be_opened_ends_that_sequence_alone(clock: HandClock) -> None:
     class Picky(FakeBackend):
-        def open(self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> None:
+        def open(
+            self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
+        ) -> None:
             if prompt[0] == 9:
                 raise EngineError("invalid_sampling", "no")
-            super().open(slot_id, prompt, sampling, seed)
+            super().open(slot_id, prompt, sampling, seed, num_cached)
 
     bench = Bench(clock, Picky(2, 64))
     bench.add("bad", prompt=(9,))

@@ -172,6 +172,55 @@ def test_an_impossible_request_is_refused_at_the_door(log: EventLog, start: Star
     assert log.events == []
 
 
+def test_adapters_come_and_go_while_others_generate(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(2, 100_000, seconds_per_step=0.001, supports_adapters=True))
+    runner.submit(make_request("busy", max_tokens=90_000))
+    log.wait_started("busy")
+    for number in range(20):
+        runner.load_adapter("poet", __file__)
+        runner.submit(make_request(f"r{number}", adapters=(("poet", 1.0),)))
+        assert code_of(lambda: runner.unload_adapter("poet")) == "adapter_in_use"
+        log.wait_finished(f"r{number}")
+        runner.unload_adapter("poet")
+        assert runner.adapters == frozenset()
+    assert "busy" not in log.finished
+
+
+def test_an_adapter_that_cannot_be_loaded_is_the_callers_error_alone(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 64, supports_adapters=True))
+    assert code_of(lambda: runner.load_adapter("poet", "/does/not/exist")) == "adapter_file_invalid"
+    runner.submit(make_request())
+    log.wait_finished("r")
+    plain = start(FakeBackend(1, 64))
+    assert code_of(lambda: plain.load_adapter("poet", __file__)) == "adapters_not_supported"
+
+
+def test_a_stopped_engine_loads_no_adapter_and_leaves_nobody_waiting(log: EventLog, start: Start) -> None:
+    runner = start(FakeBackend(1, 64, supports_adapters=True))
+    runner.stop()
+    assert code_of(lambda: runner.load_adapter("poet", __file__)) == "engine_stopped"
+    unstarted = EngineRunner(FakeBackend(1, 64, supports_adapters=True), sink=log)
+    codes: list[str] = []
+    caller = threading.Thread(target=lambda: codes.append(code_of(lambda: unstarted.load_adapter("a", __file__))))
+    caller.start()
+    while not unstarted._errands:
+        time.sleep(0.001)
+    unstarted.stop()
+    caller.join(5)
+    assert codes == ["engine_stopped"]
+
+
+def test_a_backend_that_breaks_while_loading_an_adapter_ends_the_engine(log: EventLog, start: Start) -> None:
+    class Breaking(FakeBackend):
+        def load_adapter(self, digest: str, path: object) -> None:
+            raise RuntimeError("the device is gone")
+
+    runner = start(Breaking(1, 64, supports_adapters=True))
+    with pytest.raises(RuntimeError):
+        runner.load_adapter("poet", __file__)
+    assert code_of(lambda: runner.load_adapter("poet", __file__)) == "engine_stopped"
+
+
 def test_a_broken_backend_ends_every_live_request_and_takes_no_more(log: EventLog, start: Start) -> None:
     crashes: list[BaseException] = []
     seen_at_crash: list[int] = []

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.engine.costs import CostCurve
-from inference.engine.plan import Candidate, ScheduleView
+from inference.engine.plan import Candidate, ScheduleView, Seat, Turn
 from inference.engine.scheduler import MIN_PREFILL_TOKENS, schedule
 
 pytestmark = pytest.mark.unit
@@ -36,7 +36,7 @@ def test_nothing_to_do_is_an_empty_plan() -> None:
 
 def test_the_waiting_are_seated_first_come_first_served_while_slots_last() -> None:
     plan = schedule(view(waiting=(prompt("a", 5), prompt("b", 5), prompt("c", 5)), free_slots=frozenset({4, 6})))
-    assert plan.seats == (("a", 4), ("b", 6))
+    assert plan.seats == (Seat("a", 4), Seat("b", 6))
     assert plan.num_tokens == {"a": 5, "b": 5}
 
 
@@ -65,6 +65,12 @@ def test_a_prompt_gets_a_few_tokens_even_when_decoding_alone_overruns_the_step()
 def test_a_chunk_never_exceeds_the_batch() -> None:
     plan = schedule(view(running=(decoding("d"), prompt("p", 1000)), cost=CostCurve(), max_step_tokens=64))
     assert plan.num_tokens == {"d": 1, "p": 63}
+
+
+def test_a_chunk_of_one_prompt_is_bounded_and_the_rest_goes_to_others() -> None:
+    running = (prompt("a", 1000), prompt("b", 1000), prompt("c", 10))
+    plan = schedule(view(running=running, cost=CostCurve(), max_step_tokens=512, max_chunk_tokens=63))
+    assert plan.num_tokens == {"a": 63, "b": 63, "c": 10}
 
 
 def test_a_batch_full_of_decoding_sequences_leaves_no_room_for_prompts() -> None:
@@ -110,8 +116,8 @@ def test_a_step_carries_one_adapter_vector_and_the_longest_waiting_one_is_next()
 
 def test_sequences_of_one_adapter_vector_share_a_step() -> None:
     poet = (("poet", 1.0),)
-    running = (decoding("a", adapters=poet), decoding("b", last_step=3), prompt("c", 5, adapters=poet))
-    plan = schedule(view(running=running))
+    running = (decoding("a", adapters=poet, last_step=2), decoding("b", last_step=3), prompt("c", 5, adapters=poet))
+    plan = schedule(view(running=running, turn=Turn(poet, 1)))
     assert (plan.adapters, plan.num_tokens) == (poet, {"a": 1, "c": 5})
 
 
@@ -143,10 +149,10 @@ def test_every_plan_keeps_the_rules(
     )
     plan = schedule(given_view)
     known = {candidate.request_id: candidate for candidate in (*running, *waiting)}
-    assert [request_id for request_id, _ in plan.seats] == [each.request_id for each in waiting[: len(free)]]
-    assert {slot_id for _, slot_id in plan.seats} <= free
-    assert len({slot_id for _, slot_id in plan.seats}) == len(plan.seats)
-    may_run = {candidate.request_id for candidate in running} | {request_id for request_id, _ in plan.seats}
+    assert [seat.request_id for seat in plan.seats] == [each.request_id for each in waiting[: len(free)]]
+    assert {seat.slot_id for seat in plan.seats} <= free
+    assert len({seat.slot_id for seat in plan.seats}) == len(plan.seats)
+    may_run = {candidate.request_id for candidate in running} | {seat.request_id for seat in plan.seats}
     assert plan.num_tokens.keys() <= may_run
     assert bool(plan.num_tokens) == bool(may_run)
     assert sum(plan.num_tokens.values()) <= most

@@ -76,6 +76,33 @@ def build(
     return head + bytes(-len(head) % alignment) + data
 
 
+ADAPTER: dict[str, tuple[int, Any] | None] = {
+    **dict.fromkeys(METADATA, None),
+    "general.architecture": (STRING, "llama"),
+    "general.type": (STRING, "adapter"),
+    "general.name": (STRING, "Tiny style"),
+    "adapter.type": (STRING, "lora"),
+    "adapter.lora.alpha": (6, 4.0),
+    "adapter.lora.task_name": (STRING, "style"),
+    "adapter.lora.prompt_prefix": (STRING, "In style: "),
+}
+"""What an adapter of the tiny model says."""
+MATRICES = (("blk.0.ffn_up.weight.lora_a", (64, 2), 0), ("blk.0.ffn_up.weight.lora_b", (2, 2), 0))
+
+
+def write_adapter(
+    folder: Path,
+    name: str = "style.gguf",
+    changes: dict[str, tuple[int, Any] | None] | None = None,
+    tensors: tuple[tuple[str, tuple[int, ...], int], ...] = MATRICES,
+) -> Path:
+    """An adapter of rank 2 for the tiny model. Its digest follows its name."""
+    path = folder / name
+    title = {"general.name": (STRING, f"Tiny {path.stem}")}
+    path.write_bytes(build({**ADAPTER, **title, **(changes or {})}, tensors=tensors))
+    return path
+
+
 def write(folder: Path, name: str = "tiny.gguf", **options: Any) -> Path:
     path = folder / name
     path.write_bytes(build(**options))
@@ -120,7 +147,15 @@ class PassingTrial(Trial):
         assert vocabulary.is_file()
         return {"vocabulary_size": 4, "add_bos_token": True}
 
+    def run_adapter(self, path: Path, base: Path) -> dict[str, Any]:
+        type(self).calls += 1
+        assert base.is_file()
+        return {"effect": 5.0, "residue": 0.0}
+
 
 class FailingTrial(Trial):
     def run(self, path: Path, vocabulary: Path) -> dict[str, Any]:
+        raise TrialError("llama.cpp crashed on it (SIGSEGV)")
+
+    def run_adapter(self, path: Path, base: Path) -> dict[str, Any]:
         raise TrialError("llama.cpp crashed on it (SIGSEGV)")

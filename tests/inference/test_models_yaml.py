@@ -12,8 +12,9 @@ from django.conf import settings
 
 from accounts.models import Plan, Tenant
 from inference import models_yaml, registry
-from inference.models import ServedModel
+from inference.models import Adapter, ServedModel
 from inference.models_yaml import ModelsYamlError, Outcome
+from inference.models_yaml_adapters import AdapterEntry
 from tests.inference import gguf_files
 from tests.inference.gguf_files import FailingTrial, PassingTrial
 
@@ -307,13 +308,100 @@ def test_the_example_in_the_documentation_is_valid(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for name in ("smollm2-135m-instruct-q4_1", "qwen3-8b-q4_k_m", "house-style"):
         gguf_files.write(tmp_path / "models", f"{name}.gguf", changes={"llama.context_length": (4, 40960)})
+    (tmp_path / "adapters").mkdir()
+    for name in ("terse", "support"):
+        gguf_files.write_adapter(tmp_path / "adapters", f"{name}.gguf")
     Tenant.objects.create(name="Alice's", plan=Plan.objects.create(name="plan"))
     outcome = models_yaml.sync(tmp_path / "models.yaml", trial=PassingTrial())
     assert set(actions(outcome).values()) == {"created"}
     assert outcome.warnings == []
 
 
+ADAPTERS = """
+    models:
+      - id: first
+        path: first.gguf
+        adapters:
+          - terse.gguf
+          - name: support
+            path: support.gguf
+            default_scale: 0.5
+            owner: Alice's
+            granted_tenants: [Bob's]
+"""
+
+
+@pytest.fixture
+def adapter_folder(folder: Path) -> Path:
+    plan = Plan.objects.create(name="plan")
+    for name in ("Alice's", "Bob's", "Charlie's"):
+        Tenant.objects.create(name=name, plan=plan)
+    for name in ("terse", "support"):
+        gguf_files.write_adapter(folder, f"{name}.gguf")
+    return folder
+
+
+def granted(name: str) -> set[str]:
+    return set(Adapter.objects.get(name=name).grants.values_list("tenant__name", flat=True))
+
+
+def test_adapters_are_made_what_the_file_says_and_a_second_time_changes_nothing(adapter_folder: Path) -> None:
+    outcome = sync(adapter_folder, ADAPTERS)
+    assert outcome.changes[0].details == {"adapters.terse": "new", "adapters.support": "new"}
+    support = Adapter.objects.get(name="support")
+    assert (support.base_model.name, support.default_scale, support.rank) == ("first", 0.5, 2)
+    assert (granted("support"), granted("terse")) == ({"Alice's", "Bob's"}, set())
+    calls = PassingTrial.calls
+    assert actions(sync(adapter_folder, ADAPTERS)) == {"first": "unchanged"}
+    assert PassingTrial.calls == calls
+
+
+def test_changes_of_adapters_are_named_and_made(adapter_folder: Path) -> None:
+    sync(adapter_folder, ADAPTERS)
+    text = ADAPTERS.replace("0.5", "2.0").replace("[Bob's]", "[Charlie's]")
+    said = {
+        "adapters.support": 'default_scale 0.5 → 2.0, granted_tenants ["Alice\'s", "Bob\'s"] → '
+        '["Alice\'s", "Charlie\'s"]'
+    }
+    assert sync(adapter_folder, text, dry_run=True).changes[0].details == said
+    assert granted("support") == {"Alice's", "Bob's"}
+    assert sync(adapter_folder, text).changes[0].details == said
+    assert granted("support") == {"Alice's", "Charlie's"}
+    assert Adapter.objects.get(name="support").default_scale == 2.0
+    gguf_files.write_adapter(adapter_folder, "terse.gguf", changes={"adapter.lora.alpha": (6, 8.0)})
+    assert sync(adapter_folder, text).changes[0].details == {"adapters.terse": "the file changed"}
+    assert Adapter.objects.get(name="terse").alpha == 8.0
+
+
+def test_problems_of_adapters_are_listed_with_their_places_and_nothing_changes(adapter_folder: Path) -> None:
+    (adapter_folder / "terse.gguf").write_bytes(b"no adapter")
+    assert problems(adapter_folder, ADAPTERS) == [
+        "models.0.adapters.0.path: The file has 10 bytes: it is not a GGUF file."
+    ]
+    text = ADAPTERS.replace("[Bob's]", "[Nobody's]").replace("name: support", "name: terse")
+    assert problems(adapter_folder, text) == [
+        "models.0.adapters.1: the name 'terse' is there twice",
+        'models.0.adapters.1: there is no tenant "Nobody\'s"',
+    ]
+    gguf_files.write_adapter(adapter_folder, "terse.gguf")
+    text = ADAPTERS.replace("path: support.gguf", "path: support.gguf\n            visibility: shared")
+    assert problems(adapter_folder, text) == [
+        "models.0.adapters.1.visibility: A tenant's own adapter is not shared with every tenant."
+    ]
+    assert problems(adapter_folder, ADAPTERS.replace("0.5", ".inf"))[0].startswith("models.0.adapters.1.default_scale")
+    assert not ServedModel.objects.exists()
+
+
+def test_an_adapter_that_fails_its_trial_is_a_problem_of_its_path(
+    adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PassingTrial, "run_adapter", FailingTrial.run_adapter)
+    found = problems(adapter_folder, ADAPTERS)
+    assert len(found) == 2
+    assert "SIGSEGV" in found[0]
+
+
 def test_every_key_of_the_file_is_in_the_documentation() -> None:
     text = (DOCS / "registry.md").read_text(encoding="utf-8")
-    names = {*models_yaml.Entry.model_fields, *models_yaml.File.model_fields}
+    names = {*models_yaml.Entry.model_fields, *models_yaml.File.model_fields, *AdapterEntry.model_fields}
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []

@@ -12,8 +12,10 @@ from django.contrib.auth import authenticate
 from django.core.management import CommandError, call_command
 
 from accounts.models import APIKey, Plan, Role, Tenant
-from inference import registry
-from inference.models import ServedModel
+from inference import adapters, registry
+from inference.adapter_file import AdapterFacts, Base, ExaminedAdapter
+from inference.inspection import RegistrationError
+from inference.models import Adapter, AdapterGrant, ServedModel
 from llmsite import demo
 from tests.conftest import STATE_DIR
 
@@ -32,7 +34,12 @@ def _registers_without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return row
 
+    def examine(path: Path, base: Base, **_options: Any) -> ExaminedAdapter:
+        facts = AdapterFacts(rank=8, alpha=16.0, targets=("attn_q",), num_tensors=1, num_parameters=1, size_bytes=1)
+        return ExaminedAdapter(path=path, digest=path.stem.ljust(64, "0")[:64], facts=facts, metadata={})
+
     monkeypatch.setattr(registry, "register", register)
+    monkeypatch.setattr(adapters, "examine", examine)
 
 
 @pytest.fixture
@@ -138,6 +145,47 @@ def test_what_an_operator_changed_on_the_model_stays(file: Path) -> None:
     demo.make_demo(file, BASE_URL)
     assert Path(ServedModel.objects.get().path).exists()
     assert ServedModel.objects.get().n_slots == 2
+
+
+def grants() -> set[tuple[str, str, int]]:
+    return set(AdapterGrant.objects.values_list("tenant__name", "adapter__name", "position"))
+
+
+def test_each_tenant_has_an_adapter_and_both_have_one(file: Path) -> None:
+    demo.make_demo(file, BASE_URL)
+    assert grants() == {
+        ("Alice's bakery", "shakespeare", 0),
+        ("Bob's bookshop", "json-reply", 0),
+        ("Bob's bookshop", "shakespeare", 1),
+    }
+    adapters.revoke(Adapter.objects.get(name="json-reply"), Tenant.objects.get(name="Bob's bookshop"))
+    demo.make_demo(file, BASE_URL)
+    demo.make_demo(file, BASE_URL, renew=True)
+    assert len(grants()) == 2
+
+
+def test_a_demo_from_before_the_adapters_gets_them(file: Path) -> None:
+    demo.make_demo(file, BASE_URL)
+    Adapter.objects.all().delete()
+    assert demo.make_demo(file, BASE_URL) is False
+    assert len(grants()) == 3
+
+
+def test_an_adapter_whose_file_moved_is_registered_again_with_its_grants(file: Path) -> None:
+    demo.make_demo(file, BASE_URL)
+    Adapter.objects.update(path="/gone.gguf")
+    demo.make_demo(file, BASE_URL)
+    assert all(Path(row.path).is_file() for row in Adapter.objects.all())
+    assert len(grants()) == 3
+
+
+def test_an_adapter_that_is_refused_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_options: Any) -> ExaminedAdapter:
+        raise RegistrationError("adapter_without_effect", "it was not trained")
+
+    monkeypatch.setattr(adapters, "examine", refuse)
+    with pytest.raises(demo.DemoError, match="it was not trained"):
+        demo.make_demo(file, BASE_URL)
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

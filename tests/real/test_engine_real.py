@@ -67,8 +67,8 @@ class Run:
         self.tokenizer = tokenizer
         self.events: list[TokenEvent] = []
 
-    def add(self, request_id: str, text: str, **fields: Any) -> None:
-        prompt = tuple(self.tokenizer.encode(text, add_special=True))
+    def add(self, request_id: str, text: str, *, parse_special: bool = False, **fields: Any) -> None:
+        prompt = tuple(self.tokenizer.encode(text, add_special=True, parse_special=parse_special))
         request = GenerationRequest(
             request_id=request_id, prompt=prompt, **{"max_tokens": 24, "sampling": GREEDY, **fields}
         )

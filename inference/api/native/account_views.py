@@ -18,7 +18,7 @@ from accounts.limits import LIMIT_NAMES
 from accounts.principals import Principal
 from accounts.refusals import Refusal
 from accounts.usage import usage
-from inference import registry, settlement
+from inference import adapters, registry, settlement
 from inference.api import cancelling
 from inference.api.async_view import AsyncAPIView, json_response
 from inference.api.health import worker_state
@@ -69,12 +69,18 @@ class ModelsView(AsyncAPIView):
         default = next((model.name for model in models if model.is_default), None)
         content = {
             "object": "list",
-            "data": [_openai_model(model) for model in models],
+            "data": [entry for model in models for entry in _openai_models(model, principal)],
             "default_model": default,
-            "models": [_native_model(model, workers) for model in models],
+            "models": [_native_model(model, workers, principal) for model in models],
             "deployment_capabilities": {"generate": True, "stream": True, "batch": True},
         }
         return json_response(content)
+
+
+def _openai_models(model: Served, principal: Principal) -> list[dict[str, Any]]:
+    """The model, and it again with each adapter that this tenant may use, under the names that requests can say."""
+    base = _openai_model(model)
+    return [base, *({**base, "id": f"{model.name}:{each.name}"} for each in adapters.granted(principal, model))]
 
 
 def _openai_model(model: Served) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def _openai_model(model: Served) -> dict[str, Any]:
     }
 
 
-def _native_model(model: Served, workers: list[WorkerInfo]) -> dict[str, Any]:
+def _native_model(model: Served, workers: list[WorkerInfo], principal: Principal) -> dict[str, Any]:
     return {
         "id": model.name,
         "name": model.name,
@@ -108,6 +114,10 @@ def _native_model(model: Served, workers: list[WorkerInfo]) -> dict[str, Any]:
         "slots": model.n_slots,
         "architecture": model.architecture,
         "quantization": model.quantization,
+        "adapters": [
+            {"id": each.position, "name": each.name, "scale": each.default_scale}
+            for each in adapters.granted(principal, model)
+        ],
     }
 
 
@@ -186,6 +196,7 @@ def receipt_content(receipt: Receipt) -> dict[str, Any]:
         "id": receipt.request_id,
         "status": receipt.status,
         "model": receipt.model,
+        "adapters": [{"name": name, "scale": scale} for name, scale in receipt.adapters],
         "route": receipt.route,
         "finish_reason": receipt.finish_reason,
         "error_code": receipt.error_code or None,

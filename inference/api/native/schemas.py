@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field
 
+from inference.adapters import MAX_VECTOR
 from inference.engine.types import SamplingParams
+from inference.models import MAX_SCALE
+from inference.orders import Wanted
 
 MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_BATCH_PROMPTS = 64
@@ -23,13 +26,28 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenBias = tuple[Annotated[int, Field(ge=0, le=1 << 24)], Annotated[float, Field(ge=-100, le=100)]]
 
 
+class AdapterBody(BaseModel):
+    """One adapter of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] | None = Field(
+        None, description="Absent is the adapter's own; 0 is no adapter."
+    )
+
+
 class SamplingBody(BaseModel):
     """What the routes of this dialect have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     model: ModelName | None = Field(None, description="A name or alias of `GET /v1/models`; absent is the default.")
+    adapters: list[AdapterBody] | None = Field(
+        None, max_length=MAX_VECTOR, description="LoRA adapters; absent is the tenant's default, [] is none."
+    )
     cache: bool = Field(True, description="Answer an identical earlier request from the completion cache.")
+    cache_prompt: bool = Field(True, description="Reuse what the engine still holds of the tenant's earlier prompts.")
     max_new_tokens: int | None = Field(None, ge=1, le=1 << 20, description="Output bound in tokens.")
     temperature: float | None = Field(None, ge=0, le=5, description="0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1)
@@ -46,6 +64,10 @@ class SamplingBody(BaseModel):
     ignore_eos: bool | None = Field(None, description="Generate past the end-of-text token.")
     seed: int | None = Field(None, ge=0, lt=1 << 32, description="The same seed gives the same text.")
     stop: list[Stop] | None = Field(None, max_length=MAX_STOPS, description="Texts that end the output.")
+
+    def wanted_adapters(self) -> Wanted | None:
+        """None where the request says nothing of adapters."""
+        return None if self.adapters is None else tuple((each.name, each.scale) for each in self.adapters)
 
     def sampling(self) -> SamplingParams:
         """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting."""

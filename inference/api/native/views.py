@@ -58,8 +58,10 @@ def order_from(
         max_tokens=settings.CONFIG.default_max_tokens if wanted is None else wanted,
         sampling=body.sampling(),
         stop=tuple(body.stop or ()),
+        adapters=body.wanted_adapters(),
         stream=stream,
         use_cache=body.cache,
+        cache_prompt=body.cache_prompt,
         all_or_nothing=request.META.get("HTTP_X_QUOTA_ALL_OR_NOTHING", "").lower() == "true",
         is_batch=is_batch,
     )

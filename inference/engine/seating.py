@@ -1,0 +1,80 @@
+"""Which waiting requests get a slot, and which: where most of their prompt is computed already.
+
+Pure functions over integers, called by the scheduler. A slot holds the tokens of its sequence, also when it has ended,
+until another needs it. Taking over such a slot costs nothing; copying a busy one costs a copy of its whole stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from inference.engine.plan import Candidate, ScheduleView, Seat
+from inference.engine.slots import best_free
+
+MIN_SHARED_TOKENS = 64
+"""A prompt waits for another that is being computed if they share so many tokens."""
+MIN_SAVED_TOKENS = 8
+"""It waits for as long as that saves so many tokens more than it could reuse now: the other computes them anyway."""
+MAX_WAIT_STEPS = 256
+"""It waits no longer than for so many steps after its arrival."""
+MIN_COPY_TOKENS = 16
+CONTEXT_PER_COPY_TOKEN = 64
+"""Copying a slot of 4,096 tokens took about as long as computing 10; a copy must save several times that."""
+
+
+def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
+    """Seats for waiting requests, first come first served, and these requests as they are once they sit.
+
+    One that shares a long prefix with a prompt being computed is passed over until that has got so far.
+    """
+    free = set(view.free_slots)
+    kept: dict[int, int] = {}  # tokens that slots taken in this plan still have of what they held
+    computing = {each.request_id for each in view.running if not each.is_decoding}
+    seats, seated = [], []
+    for candidate in view.waiting:
+        if not free:
+            break
+        usable = {slot: min(number, kept.get(slot, number)) for slot, number in candidate.prefixes.items()}
+        if _waits(candidate, computing, max(usable.values(), default=0), view.step):
+            continue
+        chosen = _choose(candidate.request_id, usable, free, view)
+        free.remove(chosen.slot_id)
+        kept[chosen.slot_id] = 0 if chosen.copy_from is not None else chosen.num_cached
+        computing.add(candidate.request_id)
+        seats.append(chosen)
+        seated.append(candidate.after_reuse(chosen.num_cached))
+    return tuple(seats), tuple(seated)
+
+
+def copy_threshold(n_ctx: int) -> int:
+    """Tokens that a copy of a slot must save; the cost of a copy follows the context, not the prefix."""
+    return max(MIN_COPY_TOKENS, n_ctx // CONTEXT_PER_COPY_TOKEN)
+
+
+def _waits(candidate: Candidate, computing: Iterable[str], num_usable: int, step: int) -> bool:
+    """Whether a prompt that is being computed will save it more tokens than it could reuse now."""
+    if step - candidate.arrived_step >= MAX_WAIT_STEPS:
+        return False
+    coming = max((candidate.shared.get(request_id, 0) for request_id in computing), default=0)
+    return coming >= MIN_SHARED_TOKENS and coming - num_usable >= MIN_SAVED_TOKENS
+
+
+def _choose(request_id: str, usable: Mapping[int, int], free: set[int], view: ScheduleView) -> Seat:
+    """The free slot that has most of the prompt, or a copy of a slot that has far more; without either, the emptiest.
+
+    A slot is taken over only if it keeps at least half of what it holds: otherwise a conversation that goes on would be
+    lost to a prompt that shares its beginning, and a copy into another slot serves both.
+    """
+    spare = _victim(free, view)
+    fitting = [slot for slot in free if slot == spare or 2 * usable.get(slot, 0) >= view.held.get(slot, 0)]
+    target = max(fitting, key=lambda slot: (usable.get(slot, 0), slot == spare, -slot))
+    source = max(usable, key=lambda slot: usable[slot], default=target)
+    if usable.get(source, 0) - usable.get(target, 0) >= copy_threshold(view.n_ctx):
+        return Seat(request_id, spare, usable[source], copy_from=source)
+    return Seat(request_id, target, usable.get(target, 0))
+
+
+def _victim(free: set[int], view: ScheduleView) -> int:
+    """The free slot to lose: an empty one beside busy ones, else the one that was used longest ago."""
+    empty = best_free(free, view.num_slots, among={slot for slot in free if not view.held.get(slot)})
+    return min(free, key=lambda slot: (view.used.get(slot, -1), slot)) if empty is None else empty
