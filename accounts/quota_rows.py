@@ -291,6 +291,8 @@ def insert(model: type[models.Model], rows: Sequence[models.Model], *, ignore_co
             values = list(form.values(row))
             for place in times:
                 values[place] = adapt(values[place])
+            for place, field in form.converted:
+                values[place] = field.get_db_prep_save(values[place], connection)
             parameters += values
         with connection.cursor() as cursor:
             cursor.execute(_insert_statement(form, len(part), ignore_conflicts), parameters)
@@ -298,24 +300,23 @@ def insert(model: type[models.Model], rows: Sequence[models.Model], *, ignore_co
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How rows of a table are written: their columns but for an id that the database makes, and which are times."""
+    """How rows of a table are written: their columns but for an id that the database makes, and which are no plain
+    values: times, by far the most of them, and what its field converts, such as JSON."""
 
     table: str
     columns: tuple[str, ...]
     values: Callable[[models.Model], tuple[Any, ...]]
     times: tuple[int, ...]
+    converted: tuple[tuple[int, models.Field[Any, Any]], ...]
 
 
 @cache
 def _form(model: type[models.Model]) -> _Form:
-    """Raises TypeError for a column whose values would have to be converted."""
     fields = [field for field in model._meta.concrete_fields if not isinstance(field, models.AutoField)]
-    for field in fields:
-        if not isinstance(field, PLAIN_FIELDS):
-            raise TypeError(f"{field} cannot be written as it is")
     columns = tuple(str(field.column) for field in fields)
     times = tuple(place for place, field in enumerate(fields) if isinstance(field, models.DateTimeField))
-    return _Form(model._meta.db_table, columns, attrgetter(*(field.attname for field in fields)), times)
+    converted = tuple((place, field) for place, field in enumerate(fields) if not isinstance(field, PLAIN_FIELDS))
+    return _Form(model._meta.db_table, columns, attrgetter(*(field.attname for field in fields)), times, converted)
 
 
 @lru_cache(maxsize=512)
