@@ -71,7 +71,7 @@ class LimitOverrideField(forms.MultiValueField):
     def compress(self, data_list: list[Any]) -> Override:
         choice, number = data_list or (INHERIT, None)
         if choice == NUMBER and number is None:
-            raise ValidationError("Give a number, or choose another line than `Number:`.")
+            raise ValidationError("Give a number, or choose what stands above `Number:`.")
         if choice != NUMBER and number is not None:
             raise ValidationError("Choose `Number:` for a number to count, or empty it.")
         return choice or INHERIT, number

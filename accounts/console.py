@@ -16,6 +16,7 @@ from django.utils.safestring import SafeString
 NEARLY_SPENT = 90
 """Percent of a quota from which its bar warns."""
 SHORT_ID = 8
+NO_BREAK_SPACE = "\u00a0"
 
 
 def whole(number: int | None) -> str:
@@ -25,7 +26,8 @@ def whole(number: int | None) -> str:
 
 def seconds(value: float) -> str:
     """A duration, to the millisecond below ten seconds."""
-    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.2f} s" if value < 10 else f"{value:,.1f} s"
+    text = f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.2f} s" if value < 10 else f"{value:,.1f} s"
+    return text.replace(" ", NO_BREAK_SPACE)
 
 
 def moment(value: datetime | None, otherwise: str = "-") -> SafeString | str:

@@ -147,7 +147,7 @@ class ServedModelForm(ServedModelFormBase):
             "pool": "Pool of workers",
         }
         help_texts = {
-            "name": "What tenants write into `model`.",
+            "name": "What requests call it in their field model.",
             "path": "GGUF file on the worker's disk. It is read, hashed and loaded for a trial when you save.",
             "n_gpu_layers": "0: none. -1: all.",
             "kv_type": "q8_0 and q4_0 need less memory and are less exact.",
@@ -547,7 +547,7 @@ class ReceiptAdmin(ReadOnlyAdmin):
         "created",
         "customer",
         "of_key",
-        "model",
+        "of_model",
         "outcome",
         "tokens",
         "first_token",
@@ -601,9 +601,13 @@ class ReceiptAdmin(ReadOnlyAdmin):
     def of_key(self, row: Receipt) -> str:
         return row.key.name
 
+    @admin.display(description="Model")
+    def of_model(self, row: Receipt) -> SafeString:
+        return format_html('<span class="console-nowrap">{}</span>', row.model)
+
     @display(description="Outcome", label={"completed": "success", "cancelled": "warning", "failed": "danger"})
     def outcome(self, row: Receipt) -> tuple[str, str]:
-        return row.status, self.ending(row)
+        return row.status, row.error_code or row.finish_reason or row.get_status_display()
 
     @admin.display(description="Outcome")
     def ending(self, row: Receipt) -> str:
@@ -635,7 +639,7 @@ class ReceiptAdmin(ReadOnlyAdmin):
     def total(self, row: Receipt) -> str:
         return console.seconds(row.total_seconds)
 
-    @admin.display(description="Mean batch")
+    @admin.display(description="Batch")
     def batch(self, row: Receipt) -> str:
         return f"{row.mean_batch_size:.1f}"
 

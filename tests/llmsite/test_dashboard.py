@@ -131,7 +131,7 @@ def test_the_time_to_the_first_token_leaves_out_cached_and_failed_answers(cast: 
         receipt(cast.alice, queue_seconds=0.0, prefill_seconds=seconds)
     receipt(cast.alice, cached=True, queue_seconds=90.0)
     receipt(cast.alice, status="failed", queue_seconds=90.0)
-    assert (tile("First token, p50").value, tile("First token, p95").value) == ("200 ms", "4.00 s")
+    assert (tile("First token, p50").value, tile("First token, p95").value) == ("200\u00a0ms", "4.00\u00a0s")
 
 
 @pytest.mark.parametrize(("part", "expected"), [(0.0, 1.0), (0.5, 2.0), (0.51, 3.0), (0.95, 4.0), (1.0, 4.0)])
