@@ -20,7 +20,14 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str, str], ...]], ...] = (
             ("accounts", "plan", "Plans", "tune"),
         ),
     ),
-    ("Models", (("inference", "servedmodel", "Served models", "deployed_code"),)),
+    (
+        "Models",
+        (
+            ("inference", "servedmodel", "Served models", "deployed_code"),
+            ("inference", "adapter", "Adapters", "extension"),
+            ("inference", "defaultvector", "Default adapters", "tune"),
+        ),
+    ),
     (
         "Usage",
         (
