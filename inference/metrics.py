@@ -60,6 +60,10 @@ DECODE_SEQUENCES = Counter(
     "llm_engine_decode_sequences_total", "Generating sequences, summed over executed plans.", ["model_id"]
 )
 PROMPT_TOKENS = Counter("llm_engine_prompt_tokens_total", "Prompt tokens computed.", ["model_id"])
+CACHED_TOKENS = Counter("llm_engine_cached_tokens_total", "Prompt tokens reused from a slot.", ["model_id"])
+ADAPTER_SWITCHES = Counter(
+    "llm_engine_adapter_switches_total", "Executed plans with another adapter vector than the one before.", ["model_id"]
+)
 COMPLETION_TOKENS = Counter("llm_engine_completion_tokens_total", "Tokens generated.", ["model_id"])
 SETTLEMENT_GROUP = Histogram(
     "llm_settlement_group_size", "Requests settled in one transaction.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)

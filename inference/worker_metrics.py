@@ -14,6 +14,8 @@ COUNTERS = (
     (metrics.DECODE_STEPS, "num_decode_steps"),
     (metrics.DECODE_SEQUENCES, "num_decode_sequences"),
     (metrics.PROMPT_TOKENS, "prompt_tokens_total"),
+    (metrics.CACHED_TOKENS, "cached_tokens_total"),
+    (metrics.ADAPTER_SWITCHES, "num_switches"),
     (metrics.COMPLETION_TOKENS, "completion_tokens_total"),
 )
 

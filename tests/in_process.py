@@ -114,7 +114,11 @@ class InProcessSite:
 
         def load(served: Any) -> FakeBackend:
             return FakeBackend(
-                served.n_slots, served.n_ctx, self.speed.seconds_per_step, answer_tokens=self.speed.answer_tokens
+                served.n_slots,
+                served.n_ctx,
+                self.speed.seconds_per_step,
+                answer_tokens=self.speed.answer_tokens,
+                supports_adapters=True,
             )
 
         self.host = WorkerHost("default", client=redis_client.client(), load=load)
