@@ -1,6 +1,6 @@
 """The events of one admitted request as server-sent events, in whatever words its dialect has for them.
 
-Runs on the event loop. Every dialect passes its Frames; when 200 is said, what cancels and what ends is the same in all.
+Runs on the event loop. Every dialect passes its Frames; when 200 is said and what cancels is the same in all.
 """
 
 from __future__ import annotations
