@@ -93,6 +93,7 @@ def admit(
             prefix_cache=order.cache_prompt,
             route=route,
             stream=order.stream,
+            return_tokens=order.return_tokens,
             created_at=created_at,
             queue_deadline_at=created_at + _queue_seconds(),
             deadline_at=created_at + settings.CONFIG.generation_timeout_seconds,
@@ -140,7 +141,7 @@ def _cache_key(principal: Principal, order: GenerateOrder, served: Served, vecto
         max_tokens=order.max_tokens,
         sampling=order.sampling,
         stop=order.stop,
-        n_ctx=_context(principal, served),
+        n_ctx=context_of(principal, served),
         max_output=principal.limit("max_output"),
     )
 
@@ -202,7 +203,7 @@ def _charge_cached(
 # Does it fit?
 
 
-def _context(principal: Principal, served: Served) -> int:
+def context_of(principal: Principal, served: Served) -> int:
     """Prompt and output tokens of one request together."""
     limit = principal.limit("max_context")
     return served.n_ctx if limit is None else min(served.n_ctx, limit)
@@ -216,7 +217,7 @@ def _tokenize(order: GenerateOrder, served: Served) -> tuple[int, ...]:
 
 def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:
     """Output tokens that the request may have, before the quota is asked."""
-    n_ctx = _context(principal, served)
+    n_ctx = context_of(principal, served)
     if num_prompt_tokens == 0:
         raise Refusal("empty_prompt", "The prompt has no tokens.")
     if num_prompt_tokens >= n_ctx:

@@ -25,6 +25,8 @@ class GenerateOrder:
     adapters: Wanted | None = None
     """Adapters by name or by llama.cpp's id; None: nothing was said, the tenant's default."""
     stream: bool = False
+    return_tokens: bool = False
+    """The ids of what is generated, beside the text."""
     use_cache: bool = False
     """The completion cache."""
     cache_prompt: bool = True

@@ -46,8 +46,12 @@ def encode_started() -> bytes:
     return b'{"t":"started"}'
 
 
-def encode_delta(text: str, num_tokens: int) -> bytes:
-    return orjson.dumps({"t": "delta", "text": text, "n": num_tokens})
+def encode_delta(text: str, num_tokens: int, tokens: Sequence[int] | None = None) -> bytes:
+    """tokens: the ids, for those who asked for them; None for all others."""
+    event: dict[str, Any] = {"t": "delta", "text": text, "n": num_tokens}
+    if tokens is not None:
+        event["tokens"] = tokens
+    return orjson.dumps(event)
 
 
 def encode_finished(finished: Finished, worker_id: str) -> bytes:
@@ -102,6 +106,8 @@ class _Outgoing:
     started: bool = False
     texts: list[str] = field(default_factory=list)
     num_tokens: int = 0
+    tokens: list[int] | None = None
+    """The ids of num_tokens, where the ticket asks for them."""
     waiting_since: float | None = None
     end: End | None = None
     in_flight: list[Any] | None = None
@@ -127,7 +133,7 @@ class _Outgoing:
         if self.started:
             events.append(encode_started())
         if self.texts or self.num_tokens:
-            events.append(encode_delta("".join(self.texts), self.num_tokens))
+            events.append(encode_delta("".join(self.texts), self.num_tokens, self.tokens))
         outcome = b""
         if self.end is not None:
             outcome = self.end.outcome
@@ -137,6 +143,8 @@ class _Outgoing:
         ttl = DONE_TTL_SECONDS if outcome else int(ticket.deadline_at - ticket.created_at + MARGIN_SECONDS)
         head = [ticket.request_id, self.lease.token, self.number, ttl, ticket.max_tokens + SPARE_EVENTS, outcome]
         self.started, self.texts, self.num_tokens, self.waiting_since = False, [], 0, None
+        if self.tokens is not None:
+            self.tokens = []
         self.in_flight, self.ends_in_flight = [*head, *events], self.end is not None
         return self.in_flight
 
@@ -172,7 +180,11 @@ class StreamWriter:
         """Before the first event of a lease."""
         request_id = lease.ticket.request_id
         self._open[request_id] = _Outgoing(
-            lease, not lease.ticket.stream, stream_key(request_id), ticket_key(request_id)
+            lease,
+            not lease.ticket.stream,
+            stream_key(request_id),
+            ticket_key(request_id),
+            tokens=[] if lease.ticket.return_tokens else None,
         )
 
     def publish(self, events: Iterable[TokenEvent]) -> None:
@@ -234,6 +246,8 @@ class StreamWriter:
         elif isinstance(event, Delta):
             item.texts.append(event.text)
             item.num_tokens += len(event.tokens)
+            if item.tokens is not None:
+                item.tokens += event.tokens
         elif isinstance(event, Started):
             item.started = True
         if item.waiting_since is None:

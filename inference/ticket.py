@@ -7,6 +7,7 @@ leaves Redis when a worker takes the ticket.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -48,6 +49,8 @@ class Ticket:
     entered_tokens: int
     """Taken from the tokens a minute."""
     stream: bool = False
+    return_tokens: bool = False
+    """The events carry token ids beside the text."""
     clamped: bool = False
     """The quota left less than was asked."""
     parent_id: str = ""
@@ -65,6 +68,8 @@ class Ticket:
     def header(self) -> bytes:
         """Everything but the prompt, as JSON."""
         values: dict[str, Any] = {name: getattr(self, name) for name in HEADER_NAMES}
+        if not self.return_tokens:
+            del values["return_tokens"]  # readers of before it was there know nothing of it
         values["v"] = VERSION
         values["sampling"] = _differences(self.sampling)
         return orjson.dumps(values)
@@ -81,6 +86,7 @@ class Ticket:
             raise TicketError("a ticket must be JSON") from error
         if not isinstance(values, dict) or values.pop("v", None) != VERSION:
             raise TicketError(f"a ticket must be an object of version {VERSION}")
+        values.setdefault("return_tokens", False)
         if set(values) != HEADER_SET:
             raise TicketError(f"fields of the ticket are not those of version {VERSION}: {set(values) ^ HEADER_SET}")
         for name, kind in HEADER_TYPES.items():
@@ -105,7 +111,7 @@ HEADER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(["tenant_id", "key_id", "quota_key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
     **dict.fromkeys(["reserved_tokens", "entered_tokens"], (int,)),
     **dict.fromkeys(["created_at", "queue_deadline_at", "deadline_at"], (float, int)),
-    **dict.fromkeys(["stream", "clamped", "prefix_cache"], (bool,)),
+    **dict.fromkeys(["stream", "return_tokens", "clamped", "prefix_cache"], (bool,)),
     "cache_key": (str, type(None)),
     "stop": (list,),
     "adapters": (list,),
@@ -124,7 +130,7 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
     for name, value in values.items():
         default = DEFAULTS.get(name, ...)
         if name == "logit_bias" and isinstance(value, list):
-            values[name] = tuple((int(token), float(bias)) for token, bias in value)
+            values[name] = tuple((int(token), -math.inf if bias is None else float(bias)) for token, bias in value)
         elif isinstance(default, tuple):
             values[name] = _strings(value)
         elif isinstance(default, float):

@@ -73,9 +73,16 @@ class BlankTokenizers:
     def __init__(self) -> None:
         self.num_encoded = 0
 
-    def encode(self, model: Any, text: str) -> tuple[int, ...]:
+        self.words: dict[int, str] = {}
+
+    def encode(self, model: Any, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         self.num_encoded += 1
+        found = {zlib.crc32(word.encode()) & 0x7FFFFFF: word for word in text.split()}
+        self.words.update(found)
         return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
+
+    def decode(self, model: Any, tokens: Any, *, special: bool = False) -> str:
+        return " ".join(self.words[token] for token in tokens)
 
     def close(self) -> None:
         return
@@ -219,9 +226,11 @@ def site(
 ) -> Iterator[InProcessSite]:
     from accounts import principals
     from inference import admission, doorbell, registry
+    from inference.tokenizers import pool
 
     tokenizers = BlankTokenizers()
     monkeypatch.setattr(admission, "tokenizer_pool", lambda: tokenizers)
+    monkeypatch.setattr(pool, "tokenizer_pool", lambda: tokenizers)
     principals.CACHE.forget()
     models = _serve_models(cast)
     registry.forget()

@@ -116,7 +116,56 @@ class NativeErrors:
         return orjson.dumps(content, default=str)
 
 
+class LlamaErrors:
+    """llama.cpp's: {"error": {"code", "message", "type"}}, where the code is the HTTP status."""
+
+    TYPES: Mapping[int, str] = {
+        401: "authentication_error",
+        402: "billing_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+        501: "not_supported_error",
+        503: "unavailable_error",
+    }
+    BAD_REQUESTS = frozenset({"validation_error", "adapter_not_found"})
+    WORDS: Mapping[str, str] = {
+        "list_type": "Value must be an array",
+        "missing": "Value is missing",
+        "extra_forbidden": "Not supported",
+    }
+
+    def status(self, code: str) -> int:
+        return 400 if code in self.BAD_REQUESTS else STATUS.get(code, 500)
+
+    def body(self, refusal: Refusal, request_id: str) -> bytes:
+        return orjson.dumps({"error": self.error(refusal)}, default=str)
+
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        status = self.status(refusal.code)
+        kind = self.TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        content: dict[str, Any] = {"code": status, "message": self._message(refusal, status), "type": kind}
+        if refusal.code == "context_length_exceeded":
+            content["type"] = "exceed_context_size_error"
+            content.update(
+                {name: refusal.extra[name] for name in ("n_prompt_tokens", "n_ctx") if name in refusal.extra}
+            )
+        return content
+
+    def _message(self, refusal: Refusal, status: int) -> str:
+        if status == 401:
+            return "Invalid API Key"
+        fields = refusal.extra.get("fields")
+        if refusal.code != "validation_error" or not fields:
+            return refusal.message
+        first = fields[0]
+        if first["field"] == "body" and first["type"] == "list_type":
+            return "Request body must be an array"
+        return f"Field '{first['field']}': {self.WORDS.get(first['type'], first['message'])}"
+
+
 NATIVE = NativeErrors()
+LLAMA = LlamaErrors()
 
 
 def whole_seconds(seconds: float) -> int:

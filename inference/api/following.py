@@ -14,6 +14,7 @@ from typing import Any
 from django.conf import settings
 
 from accounts.refusals import Refusal
+from inference.completion_cache import Completion
 from inference.stream import SlowFollower, StreamEvent, StreamReader
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "cancelled"}
@@ -69,6 +70,13 @@ def ending_of(event: StreamEvent) -> Ending:
     return Ending(data["reason"], data.get("stop_word"), data.get("error"), data.get("receipt") or {})
 
 
+def ending_of_cached(found: Completion) -> Ending:
+    """As the request ended that was computed."""
+    reason = found.finish_reason if found.finish_reason in FINISH_REASONS else "stop"
+    receipt = {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.completion_tokens}
+    return Ending(reason, found.stop_word, receipt=receipt)
+
+
 LOST = ("worker_lost", "The worker died during this request; nothing is charged.", 1)
 STOPPING = ("service_unavailable", "The worker is stopping; nothing is charged.", 2)
 CANCELLED = ("request_cancelled", "The request was cancelled.", None)
@@ -109,20 +117,24 @@ class Collected:
 
     text: str
     ending: Ending
+    tokens: list[int] = field(default_factory=list)
+    """Empty unless the ticket asks for them."""
 
 
 async def collect(request_id: str) -> Collected:
     """Wait for the end of a request. Raises Refusal where it has no answer."""
     parts: list[str] = []
+    tokens: list[int] = []
     async with reader().follow(request_id) as events:
         async for event in events:
             if event.kind == "delta":
                 parts.append(event.data["text"])
+                tokens += event.data.get("tokens", ())
             elif event.kind == "finished":
                 ending = ending_of(event)
                 if ending.finish_reason is None or ending.finish_reason == "cancelled":
                     raise failure(ending)
-                return Collected("".join(parts), ending)
+                return Collected("".join(parts), ending, tokens)
     raise failure(Ending("error", error="request_lost"))
 
 

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from django.http import HttpRequest, HttpResponseBase
+from drf_spectacular.utils import OpenApiParameter
+from rest_framework.request import Request
 
 from inference import metrics
 from inference.admission import Admitted, CachedAnswer
 from inference.api.async_view import AsyncAPIView
+from inference.api.following import Ending
+from inference.api.headers import server_timing, usage_headers
+from inference.api.parts import Part
 from inference.api.sse import EventStream
 
 STATUS_CLIENT_GONE = 499
+ALL_OR_NOTHING = OpenApiParameter(
+    "x-quota-all-or-nothing",
+    bool,
+    OpenApiParameter.HEADER,
+    description="`true`: 402 rather than a shorter answer where the quota does not cover the output bound.",
+)
+
+
+def is_all_or_nothing(request: Request) -> bool:
+    return bool(request.META.get("HTTP_X_QUOTA_ALL_OR_NOTHING", "").lower() == "true")
+
+
+def answer_headers(ending: Ending, *, cached: bool, clamped: bool = False) -> dict[str, str]:
+    """Of one answer that does not stream."""
+    headers = usage_headers(ending.prompt_tokens, ending.completion_tokens)
+    headers["x-cache"] = "hit" if cached else "miss"
+    if clamped:
+        headers["x-quota-clamped"] = "true"
+    if ending.receipt and not cached:
+        headers["Server-Timing"] = server_timing(ending.seconds())
+    return headers
 
 
 class GenerationView(AsyncAPIView):
@@ -41,6 +68,17 @@ class GenerationView(AsyncAPIView):
         cached = isinstance(answer, CachedAnswer)
         self.log_fields.update(model_id=answer.served.name, cached=cached)
         self.token_rate = None if cached else answer.tokens
+
+    def headers_of_parts(self, parts: Sequence[Part]) -> dict[str, str]:
+        """The sums of several answers, for headers and log line."""
+        endings = [part.collected.ending for part in parts]
+        headers = usage_headers(
+            sum(ending.prompt_tokens for ending in endings), sum(ending.completion_tokens for ending in endings)
+        )
+        all_cached = all(part.cached for part in parts)
+        headers["x-cache"] = "hit" if all_cached else "miss"
+        self.log_fields["cached"] = all_cached
+        return headers
 
     def _measure(self, started_at: float, status: int) -> None:
         """Labels hold names of registered models alone: what a client made up must not become a time series."""

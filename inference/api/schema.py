@@ -37,13 +37,16 @@ class ApiSchema(AutoSchema):
         if operation is None:
             return None
         errors = PUBLIC_ERRORS if getattr(self.view, "is_public", False) else KEY_ERRORS
+        shape_of_errors = getattr(self.view, "error_reply", ErrorReply)
         for status in errors:
             if str(status) not in operation["responses"]:
-                shape = self._get_response_for_code(ErrorReply, str(status))  # type: ignore[no-untyped-call]
+                shape = self._get_response_for_code(shape_of_errors, str(status))  # type: ignore[no-untyped-call]
                 operation["responses"][str(status)] = shape
         return operation
 
     def get_tags(self) -> list[str]:
         if "/admin/" in self.path:
             return ["operator"]
+        if tag := getattr(self.view, "tag", ""):
+            return [tag]
         return ["health"] if getattr(self.view, "is_public", False) or self.path == "/metrics" else ["native"]

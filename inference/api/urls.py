@@ -8,6 +8,8 @@ from drf_spectacular.views import SpectacularJSONAPIView, SpectacularSwaggerView
 from rest_framework.routers import SimpleRouter
 
 from inference.api import health, metrics_view
+from inference.api.llamacpp import model_views as llama_models
+from inference.api.llamacpp import views as llama
 from inference.api.native import account_views, views
 from inference.api.operator import views as operator
 
@@ -38,6 +40,13 @@ urlpatterns = [
     path("v1/me/usage", account_views.UsageView.as_view(), name="me-usage"),
     re_path(rf"^v1/requests/{REQUEST_ID}$", account_views.RequestView.as_view(), name="request"),
     re_path(rf"^v1/requests/{REQUEST_ID}/cancel$", account_views.CancelView.as_view(), name="request-cancel"),
+    # llama.cpp
+    path("completion", llama.CompletionView.as_view(), name="completion"),
+    path("completions", llama.CompletionView.as_view()),
+    path("tokenize", llama_models.TokenizeView.as_view(), name="tokenize"),
+    path("detokenize", llama_models.DetokenizeView.as_view(), name="detokenize"),
+    path("lora-adapters", llama_models.LoraAdaptersView.as_view(), name="lora-adapters"),
+    path("props", llama_models.PropsView.as_view(), name="props"),
     # operator
     path("v1/admin/usage", operator.UsageView.as_view(), name="admin-usage"),
     path("v1/admin/logs", operator.LogsView.as_view(), name="admin-logs"),

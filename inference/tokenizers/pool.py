@@ -207,8 +207,8 @@ class TokenizerPool:
         self._lock = threading.Lock()
         self._families: dict[str, _Family] = {}
 
-    def encode(self, model: HasVocabulary, text: str) -> tuple[int, ...]:
-        """The tokens of a prompt, with those that the model wants around it; nothing in the text becomes special.
+    def encode(self, model: HasVocabulary, text: str, *, add_special: bool = True) -> tuple[int, ...]:
+        """The tokens of a text; nothing in it becomes special. add_special: with those that the model wants around it.
 
         Raises Refusal: context_length_exceeded (without asking), tokenizer_failed, service_unavailable,
         llm_unavailable.
@@ -217,7 +217,7 @@ class TokenizerPool:
             raise Refusal(
                 "context_length_exceeded", f"The prompt has {len(text)} characters, more than any model takes here."
             )
-        return tuple(self.ask(model, {"op": "encode", "text": text})["tokens"])
+        return tuple(self.ask(model, {"op": "encode", "text": text, "add_special": add_special})["tokens"])
 
     def decode(self, model: HasVocabulary, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens. Raises Refusal as `encode`, also for an id that the model does not have."""

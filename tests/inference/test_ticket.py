@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import orjson
 import pytest
 from hypothesis import given
@@ -86,3 +88,15 @@ def test_anything_else_is_refused(header: bytes) -> None:
 def test_a_prompt_of_another_length_is_refused(prompt: bytes) -> None:
     with pytest.raises(TicketError):
         Ticket.parse(ticket().header(), prompt)
+
+
+def test_token_ids_are_asked_for_in_the_header_only_where_somebody_wants_them() -> None:
+    plain, wanted = ticket(), ticket(return_tokens=True)
+    assert b"return_tokens" not in plain.header()
+    assert Ticket.parse(plain.header()).return_tokens is False
+    assert Ticket.parse(wanted.header()).return_tokens is True
+
+
+def test_a_token_that_is_banned_stays_banned_on_the_way() -> None:
+    sampling = SamplingParams(logit_bias=((5, -math.inf), (6, 1.5)))
+    assert Ticket.parse(ticket(sampling=sampling).header()).sampling == sampling

@@ -81,16 +81,17 @@ def test_bodies_and_errors_are_documented(document: Any) -> None:
 
 @pytest.mark.unit
 def test_every_number_and_string_of_a_body_is_bounded() -> None:
+    from inference.api.llamacpp.schemas import CompletionBody, DetokenizeBody, LoraVectorBody, TokenizeBody
     from inference.api.native.schemas import GenerateBatchBody, GenerateBody
 
-    for form in (GenerateBody, GenerateBatchBody):
+    for form in (GenerateBody, GenerateBatchBody, CompletionBody, TokenizeBody, DetokenizeBody, LoraVectorBody):
         for path, schema in leaves(form.model_json_schema()):
             kind = schema.get("type")
             if kind in {"integer", "number"}:
                 assert {"minimum", "exclusiveMinimum"} & schema.keys(), path
                 assert {"maximum", "exclusiveMaximum"} & schema.keys(), path
             if kind == "string":
-                assert "maxLength" in schema, path
+                assert {"maxLength", "enum"} & schema.keys(), path
             if kind == "array":
                 assert "maxItems" in schema, path
 

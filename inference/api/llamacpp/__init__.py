@@ -1,0 +1,1 @@
+"""llama.cpp's server dialect: /completion, /tokenize, /detokenize, /lora-adapters, /props; nested errors."""

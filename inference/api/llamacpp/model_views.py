@@ -1,0 +1,125 @@
+"""POST /tokenize and /detokenize, GET and POST /lora-adapters, GET /props: what a tenant sees of one model.
+
+They run in the hop; the model is the one that body or query name, else the default.
+"""
+
+from __future__ import annotations
+
+from django.http import HttpResponse
+from drf_spectacular.utils import OpenApiParameter, extend_schema
+from rest_framework.request import Request
+
+from inference import adapters, admission, registry
+from inference.api.async_view import AsyncAPIView, json_response
+from inference.api.errors import LLAMA
+from inference.api.llamacpp import replies
+from inference.api.llamacpp.schemas import (
+    DetokenizeBody,
+    DetokenizeReply,
+    LlamaErrorReply,
+    LoraReply,
+    LoraVectorBody,
+    PropsReply,
+    SuccessReply,
+    TokenizeBody,
+    TokenizeReply,
+)
+from inference.engine.types import SamplingParams
+from inference.tokenizers import pool
+
+MODEL = OpenApiParameter("model", str, OpenApiParameter.QUERY, description="Absent is the default model.")
+
+
+class ModelView(AsyncAPIView):
+    """What the views of this dialect that do not generate have in common."""
+
+    tag = "llama.cpp"
+    errors = LLAMA
+    error_reply = LlamaErrorReply
+    scopes = ("generate",)
+
+
+class TokenizeView(ModelView):
+    """The tokens of a text."""
+
+    route = "/tokenize"
+
+    @extend_schema(operation_id="tokenize", summary="Tokens of a text", request=TokenizeBody, responses=TokenizeReply)
+    def post(self, request: Request) -> HttpResponse:
+        body = self.parse(TokenizeBody)
+        served = registry.resolve(body.model, self.admit_to_view())
+        tokens = pool.tokenizer_pool().encode(served, body.content, add_special=body.add_special)
+        return json_response({"tokens": tokens})
+
+
+class DetokenizeView(ModelView):
+    """The text of tokens."""
+
+    route = "/detokenize"
+
+    @extend_schema(
+        operation_id="detokenize", summary="Text of tokens", request=DetokenizeBody, responses=DetokenizeReply
+    )
+    def post(self, request: Request) -> HttpResponse:
+        body = self.parse(DetokenizeBody)
+        served = registry.resolve(body.model, self.admit_to_view())
+        return json_response({"content": pool.tokenizer_pool().decode(served, body.tokens, special=True)})
+
+
+class LoraAdaptersView(ModelView):
+    """The tenant's adapters and its own default scales: no other tenant's requests change with them."""
+
+    route = "/lora-adapters"
+
+    @extend_schema(operation_id="lora_adapters", summary="Adapters", parameters=[MODEL], responses={200: LoraReply})
+    def get(self, request: Request) -> HttpResponse:
+        principal = self.admit_to_view()
+        served = registry.resolve(request.query_params.get("model"), principal)
+        scales = {adapter.id: scale for adapter, scale in adapters.default_vector(principal, served)}
+        content = [
+            {
+                "id": adapter.position,
+                "path": adapter.name,  # where files lie is the operator's business
+                "scale": scales.get(adapter.id, 0.0),
+                "task_name": adapter.task_name,
+                "prompt_prefix": adapter.prompt_prefix,
+            }
+            for adapter in sorted(adapters.granted(principal, served), key=lambda each: each.position)
+        ]
+        return json_response(content)
+
+    @extend_schema(
+        operation_id="set_lora_adapters",
+        summary="The tenant's default scales",
+        parameters=[MODEL],
+        request=LoraVectorBody,
+        responses=SuccessReply,
+    )
+    def post(self, request: Request) -> HttpResponse:
+        body = self.parse(LoraVectorBody)
+        principal = self.admit_to_view()
+        served = registry.resolve(request.query_params.get("model"), principal)
+        adapters.set_default_vector(principal, served, body.wanted())
+        return json_response({"success": True})
+
+
+class PropsView(ModelView):
+    """The model as a request meets it."""
+
+    route = "/props"
+
+    @extend_schema(operation_id="props", summary="Properties of a model", parameters=[MODEL], responses=PropsReply)
+    def get(self, request: Request) -> HttpResponse:
+        principal = self.admit_to_view()
+        served = registry.resolve(request.query_params.get("model"), principal)
+        content = {
+            "default_generation_settings": {
+                "n_ctx": admission.context_of(principal, served),
+                "params": replies.generation_settings(SamplingParams(), wanted_tokens=-1),
+            },
+            "total_slots": served.n_slots,
+            "model_alias": served.name,
+            "chat_template": served.chat_template or "",
+            "build_info": "llmsite",
+        }
+        return json_response(content)

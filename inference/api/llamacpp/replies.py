@@ -1,0 +1,109 @@
+"""llama.cpp's answers from what every dialect knows of a request: text, token ids, and how it ended. Pure.
+
+https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from inference.api.following import Collected, Ending
+from inference.engine.types import SamplingParams
+
+STOP_TYPES = {"eos": "eos", "stop": "word", "length": "limit"}
+
+
+def final(
+    collected: Collected,
+    *,
+    model: str,
+    settings: dict[str, Any],
+    with_tokens: bool,
+    index: int = 0,
+    content: str | None = None,
+) -> dict[str, Any]:
+    """A whole answer. content: what is said of it here, where a stream has said it already."""
+    ending = collected.ending
+    seed = ending.receipt.get("seed")
+    slot = ending.receipt.get("slot_id")
+    return {
+        "index": index,
+        "content": collected.text if content is None else content,
+        "tokens": collected.tokens if with_tokens else [],
+        "id_slot": -1 if slot is None else slot,
+        "stop": True,
+        "model": model,
+        "tokens_predicted": ending.completion_tokens,
+        "tokens_evaluated": ending.prompt_tokens,
+        "generation_settings": settings if seed is None else {**settings, "seed": seed},
+        "has_new_line": "\n" in collected.text,
+        "truncated": False,
+        "stop_type": STOP_TYPES.get(ending.reason, "none"),
+        "stopping_word": ending.stop_word or "",
+        "tokens_cached": ending.prompt_tokens + max(0, ending.completion_tokens - 1),
+        "timings": timings(ending),
+    }
+
+
+def timings(ending: Ending) -> dict[str, Any]:
+    """cache_n + prompt_n is the whole prompt. The first token comes out of the prompt, so its time is not counted."""
+    receipt = ending.receipt
+    cached = int(receipt.get("cached_tokens", 0))
+    found = {
+        "cache_n": cached,
+        **_pace(
+            "prompt", ending.prompt_tokens - cached, ending.prompt_tokens - cached, receipt.get("prefill_seconds", 0)
+        ),
+        **_pace("predicted", ending.completion_tokens, ending.completion_tokens - 1, receipt.get("decode_seconds", 0)),
+    }
+    if drafted := receipt.get("drafted_tokens"):
+        found.update(draft_n=drafted, draft_n_accepted=receipt.get("accepted_tokens", 0))
+    return found
+
+
+def _pace(name: str, number: int, num_timed: int, seconds: float) -> dict[str, Any]:
+    timed = num_timed > 0 and seconds > 0
+    return {
+        f"{name}_n": number,
+        f"{name}_ms": seconds * 1000,
+        f"{name}_per_token_ms": seconds * 1000 / num_timed if timed else 0.0,
+        f"{name}_per_second": num_timed / seconds if timed else 0.0,
+    }
+
+
+def predicted_so_far(number: int, seconds: float) -> dict[str, Any]:
+    """timings_per_token: by the clock of the server that sends the events."""
+    return _pace("predicted", number, number - 1, seconds)
+
+
+def generation_settings(
+    sampling: SamplingParams,
+    *,
+    wanted_tokens: int,
+    stop: Sequence[str] = (),
+    stream: bool = False,
+    timings_per_token: bool = False,
+    lora: Sequence[tuple[int, float]] = (),
+) -> dict[str, Any]:
+    """The echo of what a request asked for, defaults filled in. seed is replaced by the one that was used."""
+    settings = asdict(sampling)
+    settings.update(
+        seed=-1 if sampling.seed is None else sampling.seed,
+        logit_bias=[
+            {"bias": None if math.isinf(bias) else bias, "token": token} for token, bias in sampling.logit_bias
+        ],
+        n_predict=wanted_tokens,
+        max_tokens=wanted_tokens,
+        n_keep=0,
+        n_discard=0,
+        n_probs=0,
+        stop=list(stop),
+        stream=stream,
+        grammar="",
+        timings_per_token=timings_per_token,
+        lora=[{"id": position, "scale": scale} for position, scale in lora],
+    )
+    return settings

@@ -1,0 +1,79 @@
+"""The events of one admitted request as server-sent events, in whatever words its dialect has for them.
+
+Runs on the event loop. Every dialect passes its Frames; when 200 is said and what cancels is the same in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Protocol
+
+from accounts.refusals import Refusal
+from inference.admission import Admitted
+from inference.api import cancelling
+from inference.api.following import Ending, ending_of, failure, follow
+from inference.api.sse import KEEP_ALIVE_SECONDS, EventStream, with_keep_alive
+from inference.stream import StreamEvent
+
+
+class Frames(Protocol):
+    """How a dialect words the events of one request."""
+
+    def delta(self, event: StreamEvent) -> bytes: ...
+
+    def end(self, ending: Ending, event_id: str) -> bytes: ...
+
+    def error(self, refusal: Refusal, event_id: str | None = None) -> bytes: ...
+
+
+async def open_stream(admitted: Admitted, frames: Frames) -> EventStream:
+    """200 and headers come with the first text, or the first keep-alive; before that a failure has a status.
+
+    Raises Refusal.
+    """
+    request_id = admitted.ticket.request_id
+    events = follow(request_id)
+    first = asyncio.ensure_future(anext(events))
+    try:
+        with cancelling.unless_finished(request_id):
+            done, _ = await asyncio.wait([first], timeout=KEEP_ALIVE_SECONDS)
+            if done:
+                _raise_failure(first.result())
+    except BaseException:
+        first.cancel()
+        raise
+    response = EventStream(
+        with_keep_alive(_frames(frames, first, events), KEEP_ALIVE_SECONDS),
+        abandon=partial(cancelling.cancel_soon, request_id),
+        last_words=frames.error(Refusal("service_unavailable", "The server is restarting.", retry_after=2)),
+    )
+    response.headers["x-cache"] = "miss"
+    if admitted.clamped:
+        response.headers["x-quota-clamped"] = "true"
+    return response
+
+
+async def _frames(
+    frames: Frames, first: asyncio.Future[StreamEvent], events: AsyncGenerator[StreamEvent]
+) -> AsyncGenerator[bytes]:
+    try:
+        event = await first
+        while event.kind != "finished":
+            yield frames.delta(event)
+            event = await anext(events)
+        ending = ending_of(event)
+        if ending.finish_reason is None:
+            yield frames.error(failure(ending), event.id)
+        else:
+            yield frames.end(ending, event.id)
+    except Refusal as refusal:
+        yield frames.error(refusal)
+    finally:
+        await events.aclose()
+
+
+def _raise_failure(event: StreamEvent) -> None:
+    if event.kind == "finished" and ending_of(event).finish_reason is None:
+        raise failure(ending_of(event))
