@@ -206,6 +206,7 @@ class Engine:
             free_slots=free,
             held={slot_id: len(held.tokens) for slot_id, held in self._slots.held.items()},
             used={slot_id: held.used for slot_id, held in self._slots.held.items()},
+            busy={each.slot_id: each.adapters for each in self._running.values() if each.slot_id is not None},
             n_ctx=self._backend.n_ctx,
             num_slots=self._slots.num_slots,
             max_step_tokens=self._backend.max_step_tokens,

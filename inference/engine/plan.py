@@ -59,6 +59,7 @@ class ScheduleView:
     """Everything a scheduling decision may look at. Running and waiting are in order of arrival.
 
     step: number of the step to plan. held: tokens that free slots hold; used: the step after which they became free.
+    busy: the vector of each slot that is taken.
     """
 
     running: tuple[Candidate, ...] = ()
@@ -66,6 +67,7 @@ class ScheduleView:
     free_slots: frozenset[int] = frozenset()
     held: Mapping[int, int] = field(default_factory=dict)
     used: Mapping[int, int] = field(default_factory=dict)
+    busy: Mapping[int, AdapterVector] = field(default_factory=dict)
     num_slots: int = 1
     n_ctx: int = 4096
     max_step_tokens: int = 512

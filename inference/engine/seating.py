@@ -6,10 +6,11 @@ until another needs it. Taking over such a slot costs nothing; copying a busy on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from inference.engine.plan import Candidate, ScheduleView, Seat
 from inference.engine.slots import best_free
+from inference.engine.types import AdapterVector
 
 MIN_SHARED_TOKENS = 64
 """A prompt waits for another that is being computed if they share so many tokens."""
@@ -28,6 +29,7 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
     One that shares a long prefix with a prompt being computed is passed over until that has got so far.
     """
     free = set(view.free_slots)
+    busy = dict(view.busy)
     kept: dict[int, int] = {}  # tokens that slots taken in this plan still have of what they held
     computing = {each.request_id for each in view.running if not each.is_decoding}
     seats, seated = [], []
@@ -37,7 +39,9 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
         usable = {slot: min(number, kept.get(slot, number)) for slot, number in candidate.prefixes.items()}
         if _waits(candidate, computing, max(usable.values(), default=0), view.step):
             continue
-        chosen = _choose(candidate.request_id, usable, free, view)
+        spare = _victim(free, busy, candidate.adapters, view)
+        chosen = _choose(candidate.request_id, usable, free, spare, view)
+        busy[chosen.slot_id] = candidate.adapters
         free.remove(chosen.slot_id)
         kept[chosen.slot_id] = 0 if chosen.copy_from is not None else chosen.num_cached
         computing.add(candidate.request_id)
@@ -59,13 +63,12 @@ def _waits(candidate: Candidate, computing: Iterable[str], num_usable: int, step
     return coming >= MIN_SHARED_TOKENS and coming - num_usable >= MIN_SAVED_TOKENS
 
 
-def _choose(request_id: str, usable: Mapping[int, int], free: set[int], view: ScheduleView) -> Seat:
+def _choose(request_id: str, usable: Mapping[int, int], free: Set[int], spare: int, view: ScheduleView) -> Seat:
     """The free slot that has most of the prompt, or a copy of a slot that has far more; without either, the emptiest.
 
     A slot is taken over only if it keeps at least half of what it holds: otherwise a conversation that goes on would be
-    lost to a prompt that shares its beginning, and a copy into another slot serves both.
+    lost to a prompt that shares its beginning, and a copy into another slot, the spare one, serves both.
     """
-    spare = _victim(free, view)
     fitting = [slot for slot in free if slot == spare or 2 * usable.get(slot, 0) >= view.held.get(slot, 0)]
     target = max(fitting, key=lambda slot: (usable.get(slot, 0), slot == spare, -slot))
     source = max(usable, key=lambda slot: usable[slot], default=target)
@@ -74,7 +77,8 @@ def _choose(request_id: str, usable: Mapping[int, int], free: set[int], view: Sc
     return Seat(request_id, target, usable.get(target, 0))
 
 
-def _victim(free: set[int], view: ScheduleView) -> int:
-    """The free slot to lose: an empty one beside busy ones, else the one that was used longest ago."""
-    empty = best_free(free, view.num_slots, among={slot for slot in free if not view.held.get(slot)})
-    return min(free, key=lambda slot: (view.used.get(slot, -1), slot)) if empty is None else empty
+def _victim(free: Set[int], busy: Mapping[int, AdapterVector], adapters: AdapterVector, view: ScheduleView) -> int:
+    """The free slot to lose: an empty one, else of the half that was used longest ago; beside others of its vector."""
+    empty = {slot for slot in free if not view.held.get(slot)}
+    oldest = sorted(free, key=lambda slot: view.used.get(slot, -1))[: (len(free) + 1) // 2]
+    return best_free(empty or set(oldest), busy, adapters)

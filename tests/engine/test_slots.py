@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from inference.engine.slots import SlotTable, best_free
+from inference.engine.types import AdapterVector
 
 pytestmark = pytest.mark.unit
 
@@ -41,7 +42,6 @@ def test_an_engine_without_slots_is_refused() -> None:
 @pytest.mark.parametrize(
     ("free", "chosen"),
     [
-        (set(), None),
         ({0, 1, 2, 3}, 0),
         ({1, 2, 3}, 1),
         ({0, 1, 3}, 1),  # next to busy 2, as is 3: the lower
@@ -50,5 +50,13 @@ def test_an_engine_without_slots_is_refused() -> None:
         ({0, 2}, 2),  # between busy 1 and 3
     ],
 )
-def test_the_best_slot_leaves_no_hole(free: set[int], chosen: int | None) -> None:
-    assert best_free(free, 4) == chosen
+def test_the_best_slot_leaves_no_hole(free: set[int], chosen: int) -> None:
+    assert best_free(free, dict.fromkeys(set(range(4)) - free, ()), ()) == chosen
+
+
+def test_each_vector_has_neighbours_of_its_own() -> None:
+    busy: dict[int, AdapterVector] = {}
+    poet: AdapterVector = (("poet", 1.0),)
+    for vector in (poet, (), poet, (), poet, ()):
+        busy[best_free(set(range(8)) - busy.keys(), busy, vector)] = vector
+    assert busy == {0: poet, 1: poet, 2: poet, 7: (), 6: (), 5: ()}
