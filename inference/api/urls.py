@@ -42,7 +42,7 @@ urlpatterns = [
     re_path(rf"^v1/requests/{REQUEST_ID}/cancel$", account_views.CancelView.as_view(), name="request-cancel"),
     # llama.cpp
     path("completion", llama.CompletionView.as_view(), name="completion"),
-    path("completions", llama.CompletionView.as_view()),
+    path("completions", llama.CompletionsView.as_view()),
     path("tokenize", llama_models.TokenizeView.as_view(), name="tokenize"),
     path("detokenize", llama_models.DetokenizeView.as_view(), name="detokenize"),
     path("lora-adapters", llama_models.LoraAdaptersView.as_view(), name="lora-adapters"),

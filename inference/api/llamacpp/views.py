@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from django.http import HttpResponse, HttpResponseBase
-from drf_spectacular.utils import extend_schema
+from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework.request import Request
 
 from accounts.principals import Principal
@@ -197,3 +197,8 @@ class LlamaFrames:
     def error(self, refusal: Refusal, event_id: str | None = None) -> bytes:
         self._view.log_fields["error_type"] = refusal.code
         return frame({"error": LLAMA.error(refusal)}, event_id=event_id)
+
+
+@extend_schema_view(post=extend_schema(operation_id="completions"))
+class CompletionsView(CompletionView):
+    """The same under llama.cpp's other name for it."""
