@@ -57,6 +57,7 @@ def load_backend(served: Served) -> Backend:
         n_threads=served.n_threads,
         n_gpu_layers=served.n_gpu_layers,
         kv_type=served.kv_type,
+        flash_attention=served.flash_attention,
         progress=_progress(served.name),
     )
 
@@ -76,7 +77,7 @@ def _progress(name: str) -> Callable[[float], None]:
 def fingerprint(served: Served) -> tuple[Any, ...]:
     """What cannot change while a model is loaded."""
     options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
-    return (served.digest, str(served.path), *options)
+    return (served.digest, str(served.path), served.flash_attention, *options)
 
 
 class HostedModel:

@@ -96,6 +96,12 @@ class ServedModel(models.Model):
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def active_variant(self) -> ModelVariant | None:
+        """What is loaded in place of the model's own file. A query, unless `variants` was prefetched."""
+        made = (each for each in self.variants.all() if each.is_active and each.source_digest == self.digest)
+        return next(made, None)
+
     def clean(self) -> None:
         """What one field's validators cannot see. Raises ValidationError with a sentence for each field at fault."""
         problems = {
@@ -138,6 +144,40 @@ class ServedModel(models.Model):
         trained = self.metadata.get("context_length")
         if trained and self.n_ctx is not None and self.n_ctx > trained:
             yield f"The model was trained for {trained} tokens; {self.n_ctx} are more."
+
+
+class ModelVariant(models.Model):
+    """The same model in another file or with other settings, made for this machine. Written by inference/variants.py.
+
+    The active one is what workers load under the model's name, while the model's own file is that of `source_digest`.
+    """
+
+    base_model = models.ForeignKey(ServedModel, on_delete=models.CASCADE, related_name="variants")
+    name = models.CharField(max_length=64, validators=[adapter_name_validator])
+    source_digest = models.CharField(max_length=64, help_text="SHA-256 of the model's file that it was made of.")
+    path = models.CharField(max_length=1000, help_text="GGUF file on the worker's disk.")
+    digest = models.CharField(max_length=64, help_text="SHA-256 of the file.")
+    size_bytes = models.BigIntegerField(default=0)
+    metadata = models.JSONField(default=dict, help_text="Read from the file's header.")
+    n_threads = models.PositiveSmallIntegerField(
+        null=True, validators=[MinValueValidator(1), MaxValueValidator(512)], help_text="Empty: as the model has it."
+    )
+    flash_attention = models.BooleanField(null=True, help_text="Empty: llama.cpp decides.")
+    measured = models.JSONField(default=dict, help_text="Speeds, perplexity and gain when it was made.")
+    is_active = models.BooleanField(default=False)
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        ordering = ["base_model", "name"]
+        constraints = [
+            models.UniqueConstraint(fields=["base_model", "name"], name="model_variant_one_name"),
+            models.UniqueConstraint(
+                fields=["base_model"], condition=Q(is_active=True), name="model_variant_one_active"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.base_model}"
 
 
 class Adapter(models.Model):

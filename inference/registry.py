@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
+from django.db.models import Prefetch, QuerySet
 
 from accounts import principals
 from accounts.models import Tenant
@@ -29,7 +30,7 @@ from inference.inspection import (
     is_unchanged,
     vocabulary_path,
 )
-from inference.models import ServedModel
+from inference.models import ModelVariant, ServedModel
 from inference.trial import Trial
 
 CACHE_SECONDS = 5.0
@@ -82,6 +83,7 @@ class Served:
     n_ctx: int
     n_slots: int
     n_threads: int | None
+    flash_attention: bool | None
     n_gpu_layers: int
     kv_type: str
     load_mode: str
@@ -107,9 +109,13 @@ class Served:
         return shared or principal.tenant_id in self.granted_tenant_ids
 
 
-def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = ()) -> Served:
-    """The row without the ORM. `granted_tenant_ids` is passed in, so that no query hides here."""
-    data, trial = row.metadata, row.metadata.get("trial", {})
+def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = (), variant: ModelVariant | None = None) -> Served:
+    """The row without the ORM, with the file and the settings of its active variant. Grants and variant are passed
+    in, so that no query hides here."""
+    file = variant or row
+    data, trial = file.metadata, file.metadata.get("trial", {})
+    # A quantized key-value cache needs flash attention, whatever was measured before.
+    flash_attention = variant.flash_attention if variant and row.kv_type == ServedModel.KVType.F16 else None
     return Served(
         id=row.pk,
         name=row.name,
@@ -118,13 +124,14 @@ def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = ()) -> Served
         visibility=row.visibility,
         granted_tenant_ids=frozenset(granted_tenant_ids),
         pool=row.pool,
-        path=Path(row.path),
-        vocabulary_path=vocabulary_path(row.digest),
-        digest=row.digest,
-        size_bytes=row.size_bytes,
+        path=Path(file.path),
+        vocabulary_path=vocabulary_path(file.digest),
+        digest=file.digest,
+        size_bytes=file.size_bytes,
         n_ctx=row.n_ctx,
         n_slots=row.n_slots,
-        n_threads=row.n_threads,
+        n_threads=file.n_threads or row.n_threads,
+        flash_attention=flash_attention,
         n_gpu_layers=row.n_gpu_layers,
         kv_type=row.kv_type,
         load_mode=row.load_mode,
@@ -163,14 +170,22 @@ _generation = 0
 
 
 def _read(version: int) -> _Catalogue:
-    """Two queries, however many models there are."""
+    """Three queries, however many models there are."""
     read_at = time.monotonic()
-    rows = ServedModel.objects.prefetch_related("granted_tenants").order_by("name")
-    models = tuple(snapshot(row, (tenant.pk for tenant in row.granted_tenants.all())) for row in rows)
+    rows = with_active_variants(ServedModel.objects.prefetch_related("granted_tenants").order_by("name"))
+    models = tuple(
+        snapshot(row, (tenant.pk for tenant in row.granted_tenants.all()), row.active_variant) for row in rows
+    )
     by_name = {alias: model for model in models for alias in model.aliases}
     by_name.update({model.name: model for model in models})
     default = next((model for model in models if model.is_default), None)
     return _Catalogue(models, by_name, default, read_at, version)
+
+
+def with_active_variants(rows: QuerySet[ServedModel]) -> QuerySet[ServedModel]:
+    """So that `active_variant` of each costs no query of its own."""
+    active = ModelVariant.objects.filter(is_active=True).defer("measured")
+    return rows.prefetch_related(Prefetch("variants", queryset=active))
 
 
 def _current() -> _Catalogue:

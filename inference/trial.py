@@ -52,10 +52,10 @@ class Trial:
             except subprocess.TimeoutExpired as error:
                 raise TrialError(f"it did not load within {self.wall_seconds:g} s") from error
             if status != 0:
-                raise TrialError(_describe_end(status, _tail(logs)))
-            report = _parse(_tail(answers))
+                raise TrialError(describe_end(status, tail(logs)))
+            report = _parse(tail(answers))
             if not report.pop("ok"):
-                raise TrialError(_with_log(str(report.get("reason")), _tail(logs)))
+                raise TrialError(with_log(str(report.get("reason")), tail(logs)))
             return report
 
     def _run_child(
@@ -96,21 +96,23 @@ def _parse(data: bytes) -> dict[str, Any]:
     return report
 
 
-def _tail(file: IO[bytes]) -> bytes:
+def tail(file: IO[bytes]) -> bytes:
+    """The last of what a child wrote; never more than may be kept in memory."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - MAX_ANSWER_BYTES))
     return file.read()
 
 
-def _describe_end(status: int, log: bytes) -> str:
+def describe_end(status: int, log: bytes) -> str:
+    """Why a child ended that gave no answer, as a person may read it."""
     if status >= 0:
-        return _with_log(f"the trial process ended with status {status}", log)
+        return with_log(f"the child process ended with status {status}", log)
     if -status == signal.SIGXCPU:
-        return "it used more processor time than a trial may"
-    return _with_log(f"llama.cpp crashed on it ({signal.Signals(-status).name})", log)
+        return "it used more processor time than it may"
+    return with_log(f"llama.cpp crashed on it ({signal.Signals(-status).name})", log)
 
 
-def _with_log(reason: str, log: bytes) -> str:
+def with_log(reason: str, log: bytes) -> str:
     """The reason with llama.cpp's last word on it, one line, printable."""
     lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower() or "assert" in line.lower() or "bad_alloc" in line]

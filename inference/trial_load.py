@@ -69,10 +69,10 @@ def tie_to(parent: int) -> None:
         os._exit(1)
 
 
-def limit(memory_bytes: int, cpu_seconds: int) -> None:
+def limit(memory_bytes: int, cpu_seconds: int, file_bytes: int = MAX_OUTPUT_BYTES) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     if sys.platform == "linux":  # elsewhere the address space holds more than the process uses
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
@@ -102,13 +102,13 @@ def examine(path: Path, vocabulary: Path) -> dict[str, Any]:
     }
 
 
-def load(path: Path, *, vocab_only: bool, check: bool = True) -> Any:
+def load(path: Path, *, vocab_only: bool, check: bool = True, n_gpu_layers: int = 0) -> Any:
     """check: look at every weight for numbers that are none. Raises Unfit."""
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = n_gpu_layers
     params.check_tensors = check and not vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import redis
@@ -202,6 +202,7 @@ class WorkerHost:
             if lease is None:
                 return None
             model = self._models[lease.ticket.model_id]
+            lease = _as_served(lease, model.served.digest)
             model.num_busy += 1
             live = _Live(lease, model, time.time(), output=[] if lease.ticket.cache_key else None)
             self._live[lease.ticket.request_id] = live
@@ -439,6 +440,14 @@ class WorkerHost:
             successor = self._models[served.id] = self._host(served)
         if served.load_mode == "eager":
             self._try_load(successor)
+
+
+def _as_served(lease: Lease, digest: str) -> Lease:
+    """The file was swapped while the ticket waited: the receipt names what computes it, and the completion cache, whose
+    key is of the file before, does not get it."""
+    if lease.ticket.model_digest == digest:
+        return lease
+    return replace(lease, ticket=replace(lease.ticket, model_digest=digest, cache_key=None))
 
 
 def _without_engine(ticket: Ticket, reason: FinishReason, error: str | None = None) -> Finished:

@@ -338,11 +338,15 @@ def look_at_models() -> Iterator[Finding]:
     if not rows:
         yield warning("models", "none is registered", "`manage.py register_model FILE NAME`, or the admin.")
     for row in rows:
-        path = Path(row.path)
+        variant = row.active_variant
+        file = variant or row
+        path = Path(file.path)
         again = f"`manage.py register_model {row.path} {row.name}` reads it again."
+        if variant:
+            again = f"`manage.py activate_variant {row.name} --revert` serves the model's own file."
         if not path.is_file():
             yield error(f"model {row.name}", f"{path} is missing", f"Put it back, or: {again}")
-        elif not is_unchanged(path, row.digest, row.metadata):
+        elif not is_unchanged(path, file.digest, file.metadata):
             yield warning(f"model {row.name}", f"{path} is not the file that was registered", again)
         else:
             yield ok(f"model {row.name}", f"{path.name}, {row.n_slots} slots of {row.n_ctx} tokens")

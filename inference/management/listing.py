@@ -15,22 +15,25 @@ from inference.models import ServedModel
 
 
 def as_row(row: ServedModel) -> dict[str, Any]:
-    """JSON about one model, for operators."""
-    estimate = registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    """JSON about one model, for operators; path, digest, sizes and file type are those of what is served."""
+    variant = row.active_variant
+    file = variant or row
+    estimate = registry.estimate_memory(file.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
     return {
         "name": row.name,
         "aliases": row.aliases,
         "default": row.is_default,
-        "path": row.path,
-        "digest": row.digest,
-        "size_bytes": row.size_bytes,
+        "path": file.path,
+        "digest": file.digest,
+        "size_bytes": file.size_bytes,
+        "variant": variant.name if variant else None,
         "architecture": row.metadata.get("architecture"),
-        "quantization": row.metadata.get("quantization"),
+        "quantization": file.metadata.get("quantization"),
         "num_parameters": row.metadata.get("num_parameters", 0),
         "trained_context": row.metadata.get("context_length"),
         "n_ctx": row.n_ctx,
         "n_slots": row.n_slots,
-        "n_threads": row.n_threads,
+        "n_threads": file.n_threads or row.n_threads,
         "n_gpu_layers": row.n_gpu_layers,
         "kv_type": row.kv_type,
         "load_mode": row.load_mode,

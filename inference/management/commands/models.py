@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from accounts.management.base import HouseCommand
+from inference import registry
 from inference.management.listing import as_row
 from inference.models import ServedModel
 
@@ -18,7 +19,7 @@ class Command(HouseCommand):
     examples = ("models", "models --json")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"models": [as_row(row) for row in ServedModel.objects.order_by("name")]}
+        return {"models": [as_row(row) for row in registry.with_active_variants(ServedModel.objects.order_by("name"))]}
 
     def show(self, result: dict[str, Any]) -> None:
         if not result["models"]:
@@ -31,7 +32,7 @@ class Command(HouseCommand):
         for model in result["models"]:
             table.add_row(
                 model["name"] + (" (default)" if model["default"] else ""),
-                model["quantization"],
+                model["quantization"] + (f" (variant {model['variant']})" if model["variant"] else ""),
                 f"{model['num_parameters'] / 1e6:,.0f} M",
                 f"{model['n_slots']} × {model['n_ctx']}",
                 f"{model['memory_bytes'] / 1e6:,.0f} MB",
