@@ -24,6 +24,7 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str, str], ...]], ...] = (
         "Models",
         (
             ("inference", "servedmodel", "Served models", "deployed_code"),
+            ("inference", "modelvariant", "Variants", "speed"),
             ("inference", "adapter", "Adapters", "extension"),
             ("inference", "defaultvector", "Default adapters", "tune"),
         ),

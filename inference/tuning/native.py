@@ -173,7 +173,7 @@ def decode_with_scores(context: Any, tokens: list[int], begin: int, n_vocab: int
 
 def speed(question: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """Tokens per second of the engine itself: a prompt, one sequence decoding, eight of them. Raises Unfit."""
-    from inference.engine.llama_backend import LlamaBackend
+    from inference.engine.llama import LlamaBackend
     from inference.engine.types import EngineError
 
     try:
