@@ -497,6 +497,22 @@ def test_an_engine_that_crashes_fails_its_requests_and_is_loaded_anew(
     assert counters(alice.tenant_id) == (26, 0, 1, 0)
 
 
+def test_a_ticket_that_waited_for_a_swap_of_the_file_is_told_by_the_file_that_computed_it(
+    cast: Any, valkey: Any
+) -> None:
+    row, alice = register(), principal_of(cast.alice)
+    sent = admitted(alice, use_cache=True).ticket
+    assert sent.cache_key is not None
+    ServedModel.objects.filter(pk=row.pk).update(digest="e" * 64)
+    registry.forget()
+    with worker(valkey) as host:
+        host.serve()
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        wait_for(lambda: Receipt.objects.exists())
+    assert Receipt.objects.get().model_digest == "e" * 64
+    assert completion_cache().get(sent.cache_key, model_id=sent.model_name) is None
+
+
 def test_the_engine_of_the_configuration_is_loaded(cast: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     register()
     (served,) = registry.in_pool("default")
