@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from accounts.models import Tenant
 from inference import models_yaml_adapters, registry
 from inference.adapter_file import Base
+from inference.chat.prompt import MAX_TEMPLATE_BYTES
 from inference.inspection import Inspected, Progress, RegistrationError, absolute, check_header, is_unchanged
 from inference.models import ServedModel
 from inference.models_yaml_adapters import MAX_ADAPTERS, AdapterEntry, AdapterPlan
@@ -79,6 +80,7 @@ class Entry(Options):
     path: str | None = Field(None, min_length=1, max_length=1000)
     aliases: list[str] | None = None
     notes: str | None = Field(None, max_length=10_000)
+    chat_template: str | None = Field(None, max_length=MAX_TEMPLATE_BYTES)
     adapters: list[AdapterEntry] | None = Field(None, max_length=MAX_ADAPTERS)
 
     @model_validator(mode="before")
@@ -346,6 +348,11 @@ def _inspect_all(
     _check_all(plan)  # quick, so a typing error at the end of the file does not wait for hashing at its start
     problems, inspected = [], {}
     for wanted in plan.models:
+        try:
+            registry.check_template(wanted.options.get("chat_template", ""), wanted.name)
+        except RegistrationError as error:
+            problems.append(f"{wanted.place}.chat_template: {error.message}")
+            continue
         try:
             inspected[wanted.name] = registry.examine(
                 wanted.path, known=rows.get(wanted.name), progress=progress, trial=trial

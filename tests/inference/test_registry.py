@@ -18,6 +18,7 @@ from accounts import principals
 from accounts.models import Plan, Tenant
 from accounts.refusals import Refusal
 from inference import inspection, registry
+from inference.chat.prompt import MAX_TEMPLATE_BYTES
 from inference.inspection import RegistrationError, vocabulary_path
 from inference.models import ServedModel
 from tests.inference import gguf_files
@@ -120,7 +121,7 @@ def test_the_context_of_a_new_model_fits_its_training(tmp_path: Path) -> None:
         ({"general.architecture": (8, "clip")}, "not_a_model"),
         ({"llama.context_length": None}, "not_a_model"),
         ({"tokenizer.ggml.tokens": None}, "not_a_model"),
-        ({"tokenizer.chat_template": (8, "x" * (inspection.MAX_CHAT_TEMPLATE_BYTES + 1))}, "chat_template_too_large"),
+        ({"tokenizer.chat_template": (8, "x" * (MAX_TEMPLATE_BYTES + 1))}, "chat_template_too_large"),
         ({"general.architecture": None}, "gguf_malformed"),
     ],
 )
