@@ -125,6 +125,14 @@ class NamesField(forms.CharField):
         return bool(self.to_python(initial) != self.to_python(data))
 
 
+class SourceField(forms.CharField):
+    """Text whose lines end as they did before a browser sent it."""
+
+    def to_python(self, value: Any) -> Any:
+        text = super().to_python(value)
+        return text.replace("\r\n", "\n") if isinstance(text, str) else text
+
+
 class ServedModelForm(ServedModelFormBase):
     """Inspects the file when its path is new; everything that is wrong with it is an error of the field `path`."""
 
@@ -133,7 +141,7 @@ class ServedModelForm(ServedModelFormBase):
         widget=UnfoldAdminTextInputWidget,
         help_text="Other names that requests may use, separated by commas, such as chat, default-chat.",
     )
-    chat_template = forms.CharField(
+    chat_template = SourceField(
         required=False,
         strip=False,
         max_length=MAX_TEMPLATE_BYTES,

@@ -19,7 +19,7 @@ from django.conf import settings
 
 from accounts import redis_client
 from inference import metrics
-from inference.engine.types import AdapterVector, SamplingParams
+from inference.engine.types import AdapterVector, Decoding, SamplingParams
 from inference.lua import script
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,14 @@ def key(
     prompt: str | tuple[int, ...],
     max_tokens: int | None,
     sampling: SamplingParams,
+    decoding: Decoding,
     stop: tuple[str, ...],
     n_ctx: int,
     max_output: int | None,
 ) -> str:
     """Everything that the answer depends on, as one hash. A text and its own tokens are two keys: that costs a miss."""
-    parts = [model_digest, adapters, prompt, max_tokens, _sampling_values(sampling), stop, n_ctx, max_output]
+    shift = decoding.context_shift and (decoding.num_keep, decoding.num_discard)
+    parts = [model_digest, adapters, prompt, max_tokens, _sampling_values(sampling), shift, stop, n_ctx, max_output]
     return f"{tenant_id}:{hashlib.sha256(orjson.dumps(parts)).hexdigest()}"
 
 

@@ -48,7 +48,7 @@ def load_backend(served: Served) -> Backend:
         from inference.engine.fake_backend import FakeBackend
 
         return FakeBackend(served.n_slots, served.n_ctx, supports_adapters=True)
-    from inference.engine.llama_backend import LlamaBackend
+    from inference.engine.llama import LlamaBackend
 
     return LlamaBackend.load(
         served.path,

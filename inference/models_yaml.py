@@ -29,6 +29,8 @@ from inference.trial import Trial
 DEFAULT_PLACE = Path("config") / "models.yaml"
 MAX_FILE_BYTES = 1 << 20
 MAX_MODELS = 1000
+MAX_SHOWN = 200
+"""Characters of a value in a list of changes."""
 
 
 class ModelsYamlError(Exception):
@@ -373,7 +375,7 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
     if row is None:
         return Change(name=wanted.name, action="created", details=adapters)
     details = {
-        name: f"{getattr(row, name)!r} → {value!r}"
+        name: f"{_short(getattr(row, name))} → {_short(value)}"
         for name, value in wanted.options.items()
         if getattr(row, name) != value
     }
@@ -387,6 +389,12 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
             details["granted_tenants"] = f"{sorted(before)} → {sorted(after)}"
     details |= adapters
     return Change(name=wanted.name, action="updated" if details else "unchanged", details=details)
+
+
+def _short(value: object) -> str:
+    """A template is a page long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _compare_unnamed(row: ServedModel, prune: bool) -> Change:

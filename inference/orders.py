@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from inference.chat.prompt import ChatPrompt
-from inference.engine.types import SamplingParams
+from inference.engine.types import Decoding, SamplingParams
 
 Wanted = tuple[tuple[str | int, float | None], ...]
 """(name or id of an adapter, scale or None for its own)."""
@@ -22,6 +22,7 @@ class GenerateOrder:
     max_tokens: int | None = None
     """None: as many as the context and the plan allow."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    decoding: Decoding = field(default_factory=Decoding)
     stop: tuple[str, ...] = ()
     adapters: Wanted | None = None
     """Adapters by name or by llama.cpp's id; None: nothing was said, the tenant's default."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import orjson
 
-from inference.engine.types import AdapterVector, SamplingParams
+from inference.engine.types import AdapterVector, Decoding, SamplingParams, Speculation
 
 VERSION = 1
 PROMPT_TYPE = "i"  # 32 bits, the byte order of the machine: web and worker are both little-endian
@@ -62,6 +62,7 @@ class Ticket:
     """What the tenant calls each of the adapters."""
     prefix_cache: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    decoding: Decoding = field(default_factory=Decoding)
     prompt: tuple[int, ...] = ()
     """Empty for whoever only ends the request."""
 
@@ -71,7 +72,9 @@ class Ticket:
         if not self.return_tokens:
             del values["return_tokens"]  # readers of before it was there know nothing of it
         values["v"] = VERSION
-        values["sampling"] = _differences(self.sampling)
+        values["sampling"] = _differences(self.sampling, DEFAULTS)
+        if decoding := _differences(self.decoding, DECODING_DEFAULTS):
+            values["decoding"] = decoding  # absent, too, it has its defaults
         return orjson.dumps(values)
 
     def prompt_bytes(self) -> bytes:
@@ -87,6 +90,7 @@ class Ticket:
         if not isinstance(values, dict) or values.pop("v", None) != VERSION:
             raise TicketError(f"a ticket must be an object of version {VERSION}")
         values.setdefault("return_tokens", False)
+        values.setdefault("decoding", {})
         if set(values) != HEADER_SET:
             raise TicketError(f"fields of the ticket are not those of version {VERSION}: {set(values) ^ HEADER_SET}")
         for name, kind in HEADER_TYPES.items():
@@ -96,6 +100,7 @@ class Ticket:
         values["adapter_names"] = _strings(values["adapter_names"])
         values["adapters"] = _adapters(values["adapters"])
         values["sampling"] = _sampling(values["sampling"])
+        values["decoding"] = _decoding(values["decoding"])
         return Ticket(**values, prompt=_prompt(prompt, values["num_prompt_tokens"]))
 
 
@@ -104,8 +109,8 @@ def adapter_scales(names: Sequence[str], adapters: AdapterVector) -> list[list[s
     return [[name, scale] for name, (_, scale) in zip(names, adapters, strict=False)]
 
 
-HEADER_NAMES = tuple(item.name for item in fields(Ticket) if item.name not in {"prompt", "sampling"})
-HEADER_SET = {*HEADER_NAMES, "sampling"}
+HEADER_NAMES = tuple(item.name for item in fields(Ticket) if item.name not in {"prompt", "sampling", "decoding"})
+HEADER_SET = {*HEADER_NAMES, "sampling", "decoding"}
 HEADER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(["request_id", "pool", "model_name", "model_digest", "route", "parent_id"], (str,)),
     **dict.fromkeys(["tenant_id", "key_id", "quota_key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
@@ -117,31 +122,50 @@ HEADER_TYPES: dict[str, tuple[type, ...]] = {
     "adapters": (list,),
     "adapter_names": (list,),
     "sampling": (dict,),
+    "decoding": (dict,),
 }
 DEFAULTS = {item.name: getattr(SamplingParams(), item.name) for item in fields(SamplingParams)}
+DECODING_DEFAULTS = {item.name: getattr(Decoding(), item.name) for item in fields(Decoding)}
+SPECULATION_DEFAULTS = {item.name: getattr(Speculation(), item.name) for item in fields(Speculation)}
+OPTIONAL: dict[str, type] = {"seed": int, "grammar": str, "slot_id": int, "max_decode_seconds": float}
+"""The types of those whose default is None."""
 
 
-def _differences(sampling: SamplingParams) -> dict[str, Any]:
-    values = ((name, getattr(sampling, name)) for name in DEFAULTS)
-    return {name: value for name, value in values if value != DEFAULTS[name]}
+def _differences(params: object, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    values = ((name, getattr(params, name)) for name in defaults)
+    return {name: value for name, value in values if value != defaults[name]}
 
 
 def _sampling(values: dict[str, Any]) -> SamplingParams:
     for name, value in values.items():
-        default = DEFAULTS.get(name, ...)
         if name == "logit_bias" and isinstance(value, list):
             values[name] = tuple((int(token), -math.inf if bias is None else float(bias)) for token, bias in value)
-        elif isinstance(default, tuple):
-            values[name] = _strings(value)
-        elif isinstance(default, float):
-            values[name] = float(value) if type(value) in (int, float) else _wrong(name)
-        elif default is ... or type(value) is not (int if default is None else type(default)):
-            _wrong(name)
+        else:
+            values[name] = _parameter(name, value, DEFAULTS)
     return SamplingParams(**values)
 
 
-def _wrong(name: str) -> float:
-    raise TicketError(f"sampling parameter {name} of the ticket is unknown or has the wrong type")
+def _decoding(values: dict[str, Any]) -> Decoding:
+    for name, value in values.items():
+        if name == "speculation" and isinstance(value, dict):
+            bounds = {key: _parameter(key, bound, SPECULATION_DEFAULTS) for key, bound in value.items()}
+            values[name] = Speculation(**bounds)
+        else:
+            values[name] = _parameter(name, value, DECODING_DEFAULTS)
+    return Decoding(**values)
+
+
+def _parameter(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
+    """A value of the type of its default. Raises TicketError for another, or a name that is not known."""
+    default = defaults.get(name, ...)
+    if isinstance(default, tuple):
+        return _strings(value)
+    kind = OPTIONAL.get(name) if default is None else type(default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TicketError(f"parameter {name} of the ticket is unknown or has the wrong type")
+    return value
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -232,6 +232,7 @@ class WorkerHost:
             prompt=ticket.prompt,
             max_tokens=ticket.max_tokens,
             sampling=ticket.sampling,
+            decoding=ticket.decoding,
             stop=ticket.stop,
             deadline=time.monotonic() + ticket.deadline_at - now,
             adapters=ticket.adapters,

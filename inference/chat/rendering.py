@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from inference.chat.conversation import variables
@@ -25,11 +26,15 @@ def rendered(
     eos_token: str = "",
 ) -> Segments:
     """prompt is a ChatPrompt in JSON, traits a ChatTemplate's facts. Raises TemplateError."""
-    template = compiled(source)
-    marker = Marker(special, template.literals, template.fields)
-    named, tail = variables(prompt, traits, marker)
+    named, tail = variables(prompt, traits, _marker(source, special))
     named.update(bos_token=bos_token, eos_token=eos_token, strftime_now=clock(now))
-    return special.split(render(template, named) + tail)
+    return special.split(render(compiled(source), named) + tail)
+
+
+@lru_cache(maxsize=32)
+def _marker(source: str, special: SpecialTokens) -> Marker:
+    template = compiled(source)
+    return Marker(special, template.literals, template.fields)
 
 
 def text_of(segments: Segments) -> str:

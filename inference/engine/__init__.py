@@ -17,6 +17,7 @@ from inference.engine.stats import EngineStats
 from inference.engine.types import (
     DEFAULT_SAMPLERS,
     AdapterVector,
+    Decoding,
     Delta,
     EngineError,
     EventSink,
@@ -25,18 +26,20 @@ from inference.engine.types import (
     GenerationRequest,
     Receipt,
     SamplingParams,
+    Speculation,
     Started,
     TokenEvent,
+    TokenProbs,
 )
 
 if TYPE_CHECKING:
-    from inference.engine.llama_backend import LlamaBackend
+    from inference.engine.llama import LlamaBackend
 else:
 
     def __getattr__(name: str) -> object:
         """LlamaBackend, by name: importing it here would load llama.cpp into every process that knows the types."""
         if name == "LlamaBackend":
-            return import_module("inference.engine.llama_backend").LlamaBackend
+            return import_module("inference.engine.llama").LlamaBackend
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -45,6 +48,7 @@ __all__ = [
     "AdapterVector",
     "Backend",
     "CostCurve",
+    "Decoding",
     "Delta",
     "EngineError",
     "EngineRunner",
@@ -58,6 +62,8 @@ __all__ = [
     "Receipt",
     "SamplingParams",
     "SlotWork",
+    "Speculation",
     "Started",
     "TokenEvent",
+    "TokenProbs",
 ]

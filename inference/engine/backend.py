@@ -1,30 +1,64 @@
-"""What the engine needs of whatever computes tokens. Two exist: llama_backend (real) and fake_backend (for tests).
+"""What the engine needs of whatever computes tokens. Two exist: llama/ (real) and fake_backend (for tests).
 
 All calls come from one thread, the engine's, after loading. A backend decides nothing: it does the step it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from inference.engine.costs import CostCurve
-from inference.engine.types import AdapterVector, SamplingParams
+from inference.engine.types import AdapterVector, SamplingParams, TokenProbs
 
 
 @dataclass(frozen=True, slots=True)
 class SlotWork:
     """The part of a step that belongs to one slot: compute tokens at positions start, start+1, ...
 
-    samples: choose the next token after the last one of them.
+    samples: choose the next token after the last one of them. num_drafted: so many of the last tokens are guesses.
+    After the last token that is none the next one is chosen, and for as long as a guess is what was chosen, the one
+    after it, too; the slot forgets the wrong guesses.
     """
 
     slot_id: int
     start: int
     tokens: list[int]
     samples: bool
+    num_drafted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What was chosen for a part of a step: nothing where nothing was to be sampled, else 1 to num_drafted + 1 tokens.
+
+    probs: one a token where they were asked for. error: the code of why nothing could be chosen.
+    """
+
+    tokens: tuple[int, ...] = ()
+    probs: tuple[TokenProbs, ...] = ()
+    error: str | None = None
+
+
+NOTHING = Chosen()
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What the memory of this model and context can do, found by trying at load.
+
+    trim: forget a slot's last tokens and keep the first; prompt cache and drafts need it. copy: one slot to another.
+    shift: drop tokens from the middle and move the rest. save: a slot's state out and in again. reasons: why not, by
+    name.
+    """
+
+    trim: bool = True
+    copy: bool = True
+    shift: bool = True
+    save: bool = True
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(Protocol):
@@ -52,6 +86,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def max_draft_tokens(self) -> int:
+        """Guesses of all slots together that one step can verify."""
+        ...
+
+    @property
     def cost(self) -> CostCurve: ...
 
     @property
@@ -71,9 +110,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def supports_reuse(self) -> bool:
-        """Whether a slot can forget its last tokens and keep the first, and be copied."""
-        ...
+    def abilities(self) -> Abilities: ...
 
     def open(
         self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
@@ -86,8 +123,24 @@ class Backend(Protocol):
         """Let one slot hold what another holds, and nothing else; open() follows."""
         ...
 
-    def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
-        """Compute one step and return, for each part of it, the tokens chosen: () where nothing was to be sampled."""
+    def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[Chosen]:
+        """Compute one step and return what was chosen for each part of it."""
+        ...
+
+    def shift(self, slot_id: int, num_keep: int, num_discard: int) -> None:
+        """Forget num_discard tokens behind the first num_keep, and move those behind them to where these were."""
+        ...
+
+    def save(self, slot_id: int) -> bytes:
+        """What the slot holds, for restore() in any slot of a backend of the same model and options, later, too."""
+        ...
+
+    def restore(self, slot_id: int, state: bytes) -> None:
+        """Let the slot hold what was saved, and nothing else. Raises EngineError "state_invalid"; it is empty then."""
+        ...
+
+    def erase(self, slot_id: int) -> None:
+        """Forget what the slot holds."""
         ...
 
     def piece(self, token: int) -> bytes:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from inference.engine import sampling
-from inference.engine.backend import Backend, SlotWork
+from inference.engine.backend import Backend, Chosen, SlotWork
 from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
 from inference.engine.prefix import common_prefix
 from inference.engine.scheduler import schedule
@@ -72,6 +72,10 @@ class Engine:
         self._turn = Turn()
         self._counters = Counters()
         self._events: list[TokenEvent] = []
+
+    @property
+    def _can_reuse(self) -> bool:
+        return self._backend.abilities.trim and self._backend.abilities.copy
 
     @property
     def has_work(self) -> bool:
@@ -221,7 +225,7 @@ class Engine:
         """Twice as many as there are slots: some may only wait for what others compute."""
         before = [sequence for sequence in self._running.values() if not sequence.is_decoding]
         for sequence in islice(self._waiting.values(), 2 * self._slots.num_slots):
-            if sequence.cache_key is None or not sequence.request.cache_prompt or not self._backend.supports_reuse:
+            if sequence.cache_key is None or not sequence.request.cache_prompt or not self._can_reuse:
                 yield sequence.candidate()
                 continue
             shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
@@ -293,16 +297,20 @@ class Engine:
 
     # commit
 
-    def _commit(self, work: dict[str, SlotWork], outputs: list[tuple[int, ...]], *, started: float) -> None:
+    def _commit(self, work: dict[str, SlotWork], outputs: list[Chosen], *, started: float) -> None:
         now = self._clock()
         step = self._counters.num_steps
         self._count(work, now - started, now)
         self._observe(sum(len(part.tokens) for part in work.values()), now - started)
-        for (request_id, part), tokens in zip(work.items(), outputs, strict=True):
+        for (request_id, part), chosen in zip(work.items(), outputs, strict=True):
             sequence = self._running[request_id]
-            sequence.count_step(step, len(part.tokens), len(work))
-            if tokens:
-                self._extend(sequence, tokens, now)
+            sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
+            if part.num_drafted:
+                sequence.count_draft(part.num_drafted, len(chosen.tokens) - 1)
+            if chosen.tokens:
+                self._extend(sequence, chosen, now)
+            if chosen.error and request_id in self._running:
+                self._finish(sequence, FinishReason.ERROR, now, error=chosen.error)
 
     def _count(self, work: dict[str, SlotWork], seconds: float, now: float) -> None:
         decoding = [part for request_id, part in work.items() if self._running[request_id].is_decoding]
@@ -326,13 +334,13 @@ class Engine:
             ratio = min(max(seconds / expected, 0.25), 4.0)
             self._drift *= 1 + DRIFT_WEIGHT * (ratio - 1)
 
-    def _extend(self, sequence: Sequence, tokens: tuple[int, ...], now: float) -> None:
+    def _extend(self, sequence: Sequence, chosen: Chosen, now: float) -> None:
         """Commit sampled tokens one by one until one of them ends the sequence."""
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         text, taken, reason = "", 0, None
-        for taken, token in enumerate(tokens, start=1):  # noqa: B007
-            sequence.tokens.append(token)
+        for taken, token in enumerate(chosen.tokens, start=1):  # noqa: B007
+            sequence.append(token)
             if self._backend.is_end(token):
                 reason = FinishReason.EOS
             else:
@@ -342,7 +350,8 @@ class Engine:
                 text += sequence.text.finish()
                 break
         self._counters.completion_tokens_total += taken
-        self._events.append(Delta(sequence.request_id, text, tokens[:taken]))
+        sequence.num_computed = min(sequence.num_computed, len(sequence.tokens) - 1)  # of a draft behind the end
+        self._events.append(Delta(sequence.request_id, text, chosen.tokens[:taken], chosen.probs[:taken]))
         if reason:
             self._finish(sequence, reason, now)
 

@@ -6,15 +6,17 @@ neighbours. Token ids of any vocabulary are accepted as a prompt; answers are ma
 
 from __future__ import annotations
 
+import ast
 import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from inference.engine.backend import SlotWork
+from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
 from inference.engine.costs import CostCurve
-from inference.engine.types import AdapterVector, EngineError, SamplingParams
+from inference.engine.types import AdapterVector, EngineError, SamplingParams, TokenProbs
 
 _WORDS = """the a river light of and stone quiet morning under over carries small bright road to in old story garden
 wind between slow water door finds open path every house said green keeps near far mountain letter turns soft evening
@@ -42,6 +44,21 @@ def invented_answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
     return _WORDS_ONLY[state % len(_WORDS_ONLY)]
 
 
+@dataclass(slots=True)
+class _Open:
+    """A sequence in a slot, and how many tokens of its answer have been chosen."""
+
+    prompt: tuple[int, ...]
+    seed: int
+    num_probs: int = 0
+    num_chosen: int = 0
+
+
+def _certain(tokens: Sequence[int], num_probs: int) -> tuple[TokenProbs, ...]:
+    """A fake is sure of what it says."""
+    return tuple(TokenProbs(token, 0.0, ((token, 0.0),)) for token in tokens) if num_probs else ()
+
+
 class FakeBackend:
     """Implements Backend, and checks what it is told about slots: ValueError where tokens would not be what they must.
 
@@ -65,7 +82,8 @@ class FakeBackend:
         max_step_tokens: int = 512,
         supports_adapters: bool = False,
         seconds_per_switch: float = 0.0,
-        supports_reuse: bool = True,
+        abilities: Abilities | None = None,
+        max_draft_tokens: int = 256,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.n_slots = n_slots
@@ -78,11 +96,12 @@ class FakeBackend:
         self._answer = answer
         self._answer_tokens = answer_tokens
         self._sleep = sleep
-        self._open: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._open: dict[int, _Open] = {}
         self._seconds_per_switch = seconds_per_switch
         self._attached: AdapterVector = ()
         self._held: dict[int, list[tuple[int, AdapterVector]]] = {}
-        self.supports_reuse = supports_reuse
+        self.abilities = abilities or Abilities()
+        self.max_draft_tokens = max_draft_tokens
         self.adapters: frozenset[str] = frozenset()
 
     def load_adapter(self, digest: str, path: str | Path) -> None:
@@ -103,16 +122,19 @@ class FakeBackend:
         if [token for token, _ in kept] != list(prompt[:num_cached]) or num_cached >= len(prompt):
             raise ValueError(f"slot {slot_id} does not hold the first {num_cached} tokens of this prompt")
         self._held[slot_id] = kept
-        self._open[slot_id] = tuple(prompt), 0 if sampling.temperature <= 0 else seed
+        seed = 0 if sampling.temperature <= 0 else seed
+        self._open[slot_id] = _Open(tuple(prompt), seed, num_probs=sampling.num_probs)
 
     def copy(self, source_id: int, target_id: int) -> None:
         if target_id in self._open:
             raise ValueError(f"slot {target_id} is in use")
         self._held[target_id] = list(self._held.get(source_id, []))
 
-    def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[tuple[int, ...]]:
+    def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[Chosen]:
         if missing := {digest for digest, _ in adapters} - self.adapters:
             raise ValueError(f"adapters {sorted(missing)} are not loaded")
+        if sum(part.num_drafted for part in work) > self.max_draft_tokens:
+            raise ValueError("more guesses than a step can verify")
         seconds = self.cost.seconds(sum(len(part.tokens) for part in work))
         if adapters != self._attached:
             self._attached = adapters
@@ -121,20 +143,52 @@ class FakeBackend:
             self._sleep(seconds)
         for part in work:
             self._hold(part, adapters)
-        return [(self._next_token(part, adapters),) if part.samples else () for part in work]
+        return [self._choose(part, adapters) if part.samples else NOTHING for part in work]
 
     def _hold(self, part: SlotWork, adapters: AdapterVector) -> None:
         held = self._held[part.slot_id]
         if part.start != len(held) or any(vector != adapters for _, vector in held):
             raise ValueError(f"slot {part.slot_id} holds {len(held)} tokens, or some of another adapter vector")
+        if len(held) + len(part.tokens) > self.n_ctx:
+            raise ValueError(f"slot {part.slot_id} has no room for {len(part.tokens)} tokens more")
         held.extend((token, adapters) for token in part.tokens)
 
-    def _next_token(self, part: SlotWork, adapters: AdapterVector) -> int:
-        prompt, seed = self._open[part.slot_id]
-        if adapters:
-            seed ^= zlib.crc32(repr(adapters).encode())
-        index = part.start + len(part.tokens) - len(prompt)
-        return END if index == self._answer_tokens else self._answer(prompt, seed, index)
+    def _choose(self, part: SlotWork, adapters: AdapterVector) -> Chosen:
+        """The answer's next tokens, up to the first that the draft did not guess; wrong guesses are forgotten."""
+        opened = self._open[part.slot_id]
+        tokens = []
+        for guess in (*part.tokens[len(part.tokens) - part.num_drafted :], None):
+            tokens.append(self._next_token(opened, adapters))
+            opened.num_chosen += 1
+            if tokens[-1] != guess:
+                break
+        held = self._held[part.slot_id]
+        del held[len(held) - (part.num_drafted + 1 - len(tokens)) :]
+        return Chosen(tuple(tokens), probs=_certain(tokens, opened.num_probs))
+
+    def _next_token(self, opened: _Open, adapters: AdapterVector) -> int:
+        seed = opened.seed ^ (zlib.crc32(repr(adapters).encode()) if adapters else 0)
+        index = opened.num_chosen
+        return END if index == self._answer_tokens else self._answer(opened.prompt, seed, index)
+
+    def shift(self, slot_id: int, num_keep: int, num_discard: int) -> None:
+        held = self._held[slot_id]
+        if num_keep + num_discard > len(held) or num_discard < 1:
+            raise ValueError(f"slot {slot_id} has no {num_discard} tokens behind the first {num_keep}")
+        del held[num_keep : num_keep + num_discard]
+
+    def save(self, slot_id: int) -> bytes:
+        return repr(self._held.get(slot_id, [])).encode()
+
+    def restore(self, slot_id: int, state: bytes) -> None:
+        self.erase(slot_id)
+        try:
+            self._held[slot_id] = ast.literal_eval(state.decode())
+        except (ValueError, SyntaxError) as error:
+            raise EngineError("state_invalid", "these bytes are no state") from error
+
+    def erase(self, slot_id: int) -> None:
+        self._held.pop(slot_id, None)
 
     def piece(self, token: int) -> bytes:
         return PIECES[token]

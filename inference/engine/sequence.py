@@ -7,7 +7,7 @@ batch of them is decoding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from inference.engine.backend import SlotWork
 from inference.engine.plan import Candidate
@@ -30,8 +30,12 @@ class Sequence:
         "cached_tokens",
         "common",
         "first_token_at",
+        "is_truncated",
         "last_step",
+        "num_accepted",
+        "num_completion",
         "num_computed",
+        "num_drafted",
         "request",
         "seed",
         "slot_id",
@@ -57,6 +61,10 @@ class Sequence:
         self.slot_id: int | None = None
         self.tokens = list(request.prompt)
         self.num_computed = 0
+        self.num_completion = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self.is_truncated = False
         self.last_step = -1
         self.text = TextAssembler(request.stop)
         self._num_steps = 0
@@ -69,12 +77,13 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def num_completion(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
     def is_decoding(self) -> bool:
-        return len(self.tokens) > len(self.request.prompt)
+        return self.num_completion > 0
+
+    def append(self, token: int) -> None:
+        """One more token is chosen."""
+        self.tokens.append(token)
+        self.num_completion += 1
 
     def reuse(self, num_cached: int) -> None:
         """The first num_cached tokens need not be computed: the slot has them."""
@@ -115,13 +124,21 @@ class Sequence:
             shared or {},
         )
 
-    def work(self, slot_id: int, num_tokens: int) -> SlotWork:
-        """The next num_tokens pending tokens as work for the backend; the last pending one samples."""
+    def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:
+        """The next num_tokens pending tokens as work for the backend, and a draft behind them; the last pending one
+        samples."""
         start, end = self.num_computed, self.num_computed + num_tokens
-        return SlotWork(slot_id, start, self.tokens[start:end], end == len(self.tokens))
+        guesses = list(draft)
+        return SlotWork(slot_id, start, self.tokens[start:end] + guesses, end == len(self.tokens), len(guesses))
+
+    def count_draft(self, num_drafted: int, num_accepted: int) -> None:
+        """Book a verified draft. Its accepted tokens are computed already: the next step starts behind them."""
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        self.num_computed += num_accepted
 
     def count_step(self, step: int, num_tokens: int, num_sequences: int) -> None:
-        """Book an executed step that carried num_tokens of this sequence among num_sequences sequences."""
+        """Book an executed step that carried num_tokens of this sequence, without a draft's, among num_sequences."""
         self.last_step = step
         self._num_steps += 1
         self._batch_sequences += num_sequences
@@ -138,6 +155,10 @@ class Sequence:
             prompt_tokens=len(self.request.prompt),
             cached_tokens=self.cached_tokens,
             completion_tokens=self.num_completion,
+            drafted_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
+            is_truncated=self.is_truncated,
+            held_tokens=self.num_computed,
             queue_seconds=started - self.submitted_at,
             prefill_seconds=first_token - started,
             decode_seconds=now - first_token,

@@ -55,13 +55,50 @@ class SamplingParams:
     samplers: tuple[str, ...] = DEFAULT_SAMPLERS
     seed: int | None = None
     """None draws a fresh seed; the seed used is in the receipt."""
+    grammar: str | None = None
+    """GBNF that the answer must follow; checked before it comes here (inference/structured)."""
+    num_probs: int = 0
+    """Most probable tokens to report beside each one that is chosen; 0 reports nothing."""
+    post_sampling_probs: bool = False
+    """Report probabilities as the samplers left them, not as the model gave them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """Bounds on the drafts of one sequence. They change how fast tokens come, never which.
+
+    num_min: a draft shorter than this is thrown away. num_max: the longest draft of a step; 0 drafts nothing.
+    min_probability: a draft model stops guessing below this.
+    """
+
+    num_min: int = 0
+    num_max: int = 16
+    min_probability: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How a sequence is run, beside how its tokens are chosen.
+
+    context_shift: go on where the slot's context is full, without num_discard of the tokens behind the first num_keep.
+    num_keep: -1 is the whole prompt. num_discard: 0 is half of what is not kept. slot_id: the slot to wait for, None is
+    any. speculation: None leaves it to the model's settings. max_decode_seconds: end after so much time of generating.
+    """
+
+    context_shift: bool = False
+    num_keep: int = 0
+    num_discard: int = 0
+    slot_id: int | None = None
+    speculation: Speculation | None = None
+    max_decode_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One sequence to generate.
 
-    prompt: 1..n_ctx-1 token ids. max_tokens: 1 or more; generation also ends at the slot's context limit.
+    prompt: 1..n_ctx-1 token ids. max_tokens: 0 computes the prompt alone; generation also ends at the slot's context
+    limit, unless decoding.context_shift.
     stop: strings that end generation and are not part of the text. deadline: monotonic seconds. cache_scope: whose
     computed tokens may be reused, and may reuse these; None shares with nobody. cache_prompt: whether it reuses any.
     """
@@ -70,6 +107,7 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    decoding: Decoding = field(default_factory=Decoding)
     stop: tuple[str, ...] = ()
     deadline: float | None = None
     adapters: AdapterVector = ()
@@ -95,7 +133,9 @@ class Receipt:
     completion_tokens counts every token that was sampled and committed, those of a stop string and of a held-back
     character included. batch_sequences sums, over the num_steps executed plans that carried this sequence, how many
     sequences each carried; batch_sequences / num_steps is the mean batch size. decode_steps and
-    decode_batch_sequences are the same over the plans in which this sequence was generating.
+    decode_batch_sequences are the same over the plans in which this sequence was generating. drafted_tokens were
+    verified, accepted_tokens of them were right. is_truncated: the context was full, and was shifted or ended the
+    answer. held_tokens: what the slot held at the end.
     """
 
     prompt_tokens: int
@@ -110,6 +150,8 @@ class Receipt:
     batch_sequences: int = 0
     decode_steps: int = 0
     decode_batch_sequences: int = 0
+    is_truncated: bool = False
+    held_tokens: int = 0
     slot_id: int | None = None
     seed: int | None = None
 
@@ -123,12 +165,25 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenProbs:
+    """A chosen token, its natural log-probability (-inf for 0), and the most probable ones, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that is final: whole characters, and no prefix of a stop string. tokens may be empty while text is held."""
+    """Text that is final: whole characters, and no prefix of a stop string. tokens may be empty while text is held.
+
+    probs: one for each of tokens where the request asked for them, else empty.
+    """
 
     request_id: str
     text: str
     tokens: tuple[int, ...] = ()
+    probs: tuple[TokenProbs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from inference.engine import (
     Started,
     TokenEvent,
 )
+from inference.engine.backend import NOTHING, Chosen
 from inference.engine.engine import Engine
 from inference.engine.fake_backend import END, PIECES
 
@@ -307,8 +308,8 @@ def test_work_is_in_rising_order_of_slots(clock: HandClock) -> None:
 
 def test_tokens_of_a_verified_draft_are_committed_one_by_one(clock: HandClock) -> None:
     class Guessing(FakeBackend):
-        def execute(self, work: Sequence[SlotWork], adapters: Any) -> list[tuple[int, ...]]:
-            return [(1, 2, END, 3) if part.samples else () for part in work]
+        def execute(self, work: Sequence[SlotWork], adapters: Any) -> list[Chosen]:
+            return [Chosen((1, 2, END, 3)) if part.samples else NOTHING for part in work]
 
     bench = Bench(clock, Guessing(1, 64))
     bench.add(max_tokens=10)

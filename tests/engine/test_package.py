@@ -23,7 +23,7 @@ def test_the_engine_is_imported_without_django_numpy_or_llama_cpp() -> None:
 
 
 def test_the_llama_backend_is_found_by_name() -> None:
-    from inference.engine.llama_backend import LlamaBackend
+    from inference.engine.llama import LlamaBackend
 
     assert inference.engine.LlamaBackend is LlamaBackend
 

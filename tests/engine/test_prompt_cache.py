@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.engine import FakeBackend, FinishReason, SamplingParams
+from inference.engine.backend import Abilities
 from inference.engine.seating import MIN_SAVED_TOKENS
 from inference.engine.types import EngineError
 
@@ -78,7 +79,7 @@ def test_a_request_may_ask_for_its_whole_prompt_to_be_computed() -> None:
 
 
 def test_a_backend_that_cannot_trim_reuses_nothing() -> None:
-    bench = bench_of(supports_reuse=False)
+    bench = bench_of(abilities=Abilities(trim=False))
     cached(bench, "one", prompt=SYSTEM, **ALICE)
     assert cached(bench, "two", prompt=SYSTEM, **ALICE) == 0
 

@@ -11,7 +11,7 @@ import redis
 
 from inference import completion_cache
 from inference.completion_cache import Completion, CompletionCache
-from inference.engine.types import SamplingParams
+from inference.engine.types import Decoding, SamplingParams
 
 KEPT = Completion(output="text", finish_reason="eos", stop_word=None, prompt_tokens=3, completion_tokens=2)
 FACTS: dict[str, Any] = {
@@ -21,6 +21,7 @@ FACTS: dict[str, Any] = {
     "prompt": "hello",
     "max_tokens": 16,
     "sampling": SamplingParams(),
+    "decoding": Decoding(),
     "stop": (),
     "n_ctx": 256,
     "max_output": None,
@@ -31,6 +32,7 @@ CHANGES: dict[str, Any] = {
     "adapters": (("a", 1.0),),
     "prompt": "hello ",
     "max_tokens": None,
+    "decoding": Decoding(context_shift=True),
     "stop": ("x",),
     "n_ctx": 128,
     "max_output": 8,

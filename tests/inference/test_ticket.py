@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.engine.types import SamplingParams
+from inference.engine.types import Decoding, SamplingParams, Speculation
 from inference.ticket import Ticket, TicketError
 from tests.inference.flow import ticket
 
@@ -76,6 +76,11 @@ def _changed(**changes: object) -> bytes:
         _changed(sampling={"top_k": 1.5}),
         _changed(sampling={"seed": "x"}),
         _changed(sampling={"ignore_eos": 1}),
+        _changed(sampling={"grammar": 1}),
+        _changed(decoding=[]),
+        _changed(decoding={"unknown": 1}),
+        _changed(decoding={"slot_id": "0"}),
+        _changed(decoding={"speculation": {"num_max": "4"}}),
         _changed(sampling={"samplers": "top_k"}),
     ],
 )
@@ -100,3 +105,17 @@ def test_token_ids_are_asked_for_in_the_header_only_where_somebody_wants_them() 
 def test_a_token_that_is_banned_stays_banned_on_the_way() -> None:
     sampling = SamplingParams(logit_bias=((5, -math.inf), (6, 1.5)))
     assert Ticket.parse(ticket(sampling=sampling).header()).sampling == sampling
+
+
+@pytest.mark.unit
+def test_how_a_sequence_is_run_survives_and_is_absent_where_nothing_was_said() -> None:
+    decoding = Decoding(
+        context_shift=True, num_keep=-1, slot_id=0, speculation=Speculation(num_max=4), max_decode_seconds=2
+    )
+    assert Ticket.parse(ticket(decoding=decoding).header()).decoding == decoding
+    assert b"decoding" not in ticket().header()
+
+
+@pytest.mark.unit
+def test_a_ticket_from_before_decoding_was_there_is_still_read() -> None:
+    assert Ticket.parse(ticket().header()).decoding == Decoding()

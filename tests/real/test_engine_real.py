@@ -330,9 +330,9 @@ def test_a_failed_step_is_an_exception(backend: LlamaBackend, caplog: pytest.Log
 def test_a_sampler_that_llama_cpp_refuses_ends_that_sequence_alone(
     backend: LlamaBackend, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inference.engine import llama_backend
+    from inference.engine.llama import samplers
 
-    monkeypatch.setitem(llama_backend._NATIVE_SAMPLERS, "top_k", lambda k: None)
+    monkeypatch.setitem(samplers.NATIVE_SAMPLERS, "top_k", lambda k: None)
     run = Run(backend, tokenizer)
     run.add("r", PROMPTS[0], sampling=SamplingParams())
     last = run.finish().finished("r")

@@ -11,6 +11,7 @@ import pytest
 
 from inference import demo_adapters
 from inference.engine import LlamaBackend, SamplingParams
+from inference.engine.backend import Abilities
 from inference.engine.tokenizer import Tokenizer
 
 from .test_engine_real import PROMPTS, Run, alone
@@ -43,7 +44,7 @@ def cached(run: Run, request_id: str) -> int:
 
 
 def test_the_model_can_reuse(backend: LlamaBackend) -> None:
-    assert backend.supports_reuse
+    assert backend.abilities == Abilities()
 
 
 def test_eight_clients_compute_a_shared_prompt_once_and_answer_as_if_alone(

@@ -1,0 +1,5 @@
+"""The engine's real backend, on llama.cpp. In the engine, this package and the tokenizer alone import llama_cpp."""
+
+from inference.engine.llama.backend import LlamaBackend
+
+__all__ = ["LlamaBackend"]
