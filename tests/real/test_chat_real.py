@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from accounts.refusals import Refusal
 from inference.chat.probing import examine
 from inference.chat.prompt import ChatPrompt, ChatTemplate, Message, ToolCall
 from inference.engine.tokenizer import Tokenizer
-from inference.gguf import read_header
+from inference.gguf import read_header, write_vocabulary_only
 from inference.tokenizers.pool import TokenizerPool
 from tests.inference.chat import templates
 from tests.inference.chat.templates import LLAMA_3, TAGS
@@ -208,3 +209,24 @@ def test_a_conversation_longer_than_any_context_is_refused_without_asking(
     with pytest.raises(Refusal) as caught:
         pool.chat(model, own, ChatPrompt(messages=(Message(role="user", content="x" * 600_000),) * 2))
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_control_token_that_a_file_calls_user_defined_is_special_all_the_same(
+    model_path: Path, tmp_path: Path
+) -> None:
+    """llama.cpp finds user-defined tokens in any text; here it must not find one that looks like a control token."""
+    path = tmp_path / "disguised.gguf"
+    write_vocabulary_only(model_path, path)
+    data = bytearray(path.read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    place = data.index(key) + len(key) + 4 + 4 + 8 + 4 * START  # type, type of the items, their number
+    assert struct.unpack_from("<i", data, place) == (3,)
+    struct.pack_into("<i", data, place, 4)
+    path.write_bytes(data)
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer._encode("a<|im_start|>b", add_special=False).count(START) == 1
+    tokens = tokenizer.encode("a<|im_start|>b<|im_start|><|im_start|>", add_special=True)
+    assert START not in tokens
+    assert tokenizer.detokenize(tokens) == "a<|im_start|>b<|im_start|><|im_start|>"
+    assert tokenizer.encode_segments([("<|im_start|>", True), ("<|im_start|>", False)])[0] == START
+    tokenizer.free()
