@@ -17,6 +17,7 @@ SYSTEM, USER, ANSWER, AGAIN = "probe-of-system", "probe-of-user", "probe-of-answ
 TOOL, ARGUMENT, RESULT = "probe_of_tool", "probe-of-argument", "probe-of-result"
 CALL_ID = "probe0001"
 """Nine letters and digits, which is what Mistral's templates ask for."""
+PYTHON_OBJECT = repr({"word": ARGUMENT})
 TOOLS = [
     {
         "type": "function",
@@ -67,18 +68,15 @@ def _content_form(source: str) -> bool:
 
 
 def _call_form(source: str, found: dict[str, Any]) -> dict[str, Any]:
-    """The first form of a call that is written whole."""
+    """The first form of a call that is written whole, and with nothing of Python's in it."""
+    usual = _try(source, found, {"messages": [_USER], "tools": TOOLS}).count("None")
     for in_text, beside in product((False, True), repeat=2):
         forms = {"text_arguments": in_text, "text_beside_calls": beside}
         text = _try(source, {**found, **forms}, {"messages": _CALLING, "tools": TOOLS})
-        if all(each in text for each in (USER, TOOL, ARGUMENT, RESULT)) and not _is_python(text):
+        is_whole = all(each in text for each in (USER, TOOL, ARGUMENT, RESULT))
+        if is_whole and PYTHON_OBJECT not in text and text.count("None") <= usual:
             return {"has_tool_calls": True, **forms}
     return {"has_tool_calls": False}
-
-
-def _is_python(text: str) -> bool:
-    """Python's way to write an object, or nothing at all, where JSON was meant."""
-    return f"{{'word': '{ARGUMENT}'}}" in text or "None" in text
 
 
 def _has_thinking(source: str, found: dict[str, Any]) -> bool:

@@ -107,7 +107,7 @@ def test_every_number_and_string_of_a_body_is_bounded() -> None:
 
 def leaves(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(schema, dict):
-        if "type" in schema:
+        if isinstance(schema.get("type"), str):  # else a property may have that name
             yield path, schema
         for name, part in schema.items():
             yield from leaves(part, f"{path}/{name}")

@@ -26,6 +26,15 @@ def test_a_template_that_wants_parts_gets_parts() -> None:
     assert examine(source)["typed_content"] is True
 
 
+def test_a_template_that_prints_an_object_in_pythons_way_gets_json_in_a_string() -> None:
+    source = (
+        "Tools: None or one.{% for m in messages %}{{ m.role }}{{ m.content or '' }}"
+        "{% for call in m.tool_calls %}{{ call.function.name }}{{ call.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    found = examine(source)
+    assert (found["has_tool_calls"], found["text_beside_calls"], found["text_arguments"]) == (True, False, True)
+
+
 def test_a_template_that_breaks_on_no_content_gets_an_empty_one() -> None:
     source = (
         "{% for m in messages %}{{ m.role + m.content }}"
