@@ -27,6 +27,7 @@ from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 from accounts import console
 from accounts.admin import ReadOnlyAdmin
 from inference import adapters, queue, registry, variants
+from inference.chat.prompt import MAX_TEMPLATE_BYTES
 from inference.inspection import RegistrationError
 from inference.models import Adapter, AdapterGrant, DefaultVector, ModelVariant, Receipt, ServedModel
 
@@ -50,6 +51,13 @@ FACTS = (
     ("tokenizer_model", "Tokenizer"),
     ("bos_token_id", "BOS token"),
     ("eos_token_id", "EOS token"),
+)
+
+CHAT_FACTS = (
+    ("has_system", "system messages"),
+    ("has_tools", "tools"),
+    ("has_tool_calls", "calls of tools"),
+    ("has_thinking", "thinking"),
 )
 
 TONES = {
@@ -117,6 +125,14 @@ class NamesField(forms.CharField):
         return bool(self.to_python(initial) != self.to_python(data))
 
 
+class SourceField(forms.CharField):
+    """Text whose lines end as they did before a browser sent it."""
+
+    def to_python(self, value: Any) -> Any:
+        text = super().to_python(value)
+        return text.replace("\r\n", "\n") if isinstance(text, str) else text
+
+
 class ServedModelForm(ServedModelFormBase):
     """Inspects the file when its path is new; everything that is wrong with it is an error of the field `path`."""
 
@@ -124,6 +140,14 @@ class ServedModelForm(ServedModelFormBase):
         required=False,
         widget=UnfoldAdminTextInputWidget,
         help_text="Other names that requests may use, separated by commas, such as chat, default-chat.",
+    )
+    chat_template = SourceField(
+        required=False,
+        strip=False,
+        max_length=MAX_TEMPLATE_BYTES,
+        label="Chat template of your own",
+        widget=UnfoldAdminTextareaWidget(attrs={"rows": 6, "spellcheck": "false"}),
+        help_text="Jinja in place of the file's template, which is shown below. It is tried when you save.",
     )
     inspect_again = forms.BooleanField(
         required=False,
@@ -161,7 +185,15 @@ class ServedModelForm(ServedModelFormBase):
         cleaned = super().clean()
         if not self.errors and "path" in self.fields and self._is_due():
             self._inspect(self.cleaned_data["path"])
+        if not self.errors and "chat_template" in self.changed_data:
+            self._try_template(self.cleaned_data["chat_template"])
         return cleaned
+
+    def _try_template(self, source: str) -> None:
+        try:
+            self.instance.chat_facts = registry.check_template(source)
+        except RegistrationError as error:
+            self.add_error("chat_template", error.message)
 
     def _is_due(self) -> bool:
         return not self.instance.digest or "path" in self.changed_data or bool(self.cleaned_data.get("inspect_again"))
@@ -205,7 +237,8 @@ class ServedModelAdmin(ModelAdmin):
         "digest",
         "size",
         "facts",
-        "chat_template",
+        "conversations",
+        "template_of_file",
         "created_at",
         "updated_at",
     )
@@ -225,7 +258,8 @@ class ServedModelAdmin(ModelAdmin):
                 )
             },
         ),
-        ("The file", {"fields": ("digest", "size", "facts", "chat_template", ("created_at", "updated_at"))}),
+        ("Conversations", {"fields": ("conversations", "chat_template", "template_of_file")}),
+        ("The file", {"fields": ("digest", "size", "facts", ("created_at", "updated_at"))}),
     )
     fields_for_registration = (
         (None, {"fields": ("name", "path", "aliases", "notes")}),
@@ -310,10 +344,19 @@ class ServedModelAdmin(ModelAdmin):
         ]
         return format_html('<dl class="console-facts">{}</dl>', format_html_join("", "<dt>{}</dt><dd>{}</dd>", known))
 
-    @admin.display(description="Chat template")
-    def chat_template(self, row: ServedModel) -> SafeString | str:
-        template = row.metadata.get("chat_template")
-        return format_html('<pre class="console-template">{}</pre>', template) if template else "none"
+    @admin.display(description="What the chat template can do")
+    def conversations(self, row: ServedModel) -> SafeString | str:
+        """As it was seen when it was tried; of each template, for files that have several."""
+        found = {"yours": row.chat_facts} if row.chat_template else row.metadata.get("chat") or {}
+        known = [(name, _chat_facts(facts)) for name, facts in found.items()]
+        listed = format_html_join("", "<dt>{}</dt><dd>{}</dd>", known)
+        return format_html('<dl class="console-facts">{}</dl>', listed) if known else "There is none."
+
+    @admin.display(description="Chat template of the file")
+    def template_of_file(self, row: ServedModel) -> SafeString | str:
+        found = row.metadata.get("chat_templates") or {}
+        shown = [(name, source) for name, source in found.items()]
+        return format_html_join("", '{}<pre class="console-template">{}</pre>', shown) if shown else "none"
 
     # What they change
 
@@ -362,6 +405,14 @@ class ServedModelAdmin(ModelAdmin):
 def _estimate(row: ServedModel) -> registry.MemoryEstimate:
     file = row.active_variant or row
     return registry.estimate_memory(file.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+
+
+def _chat_facts(facts: Mapping[str, Any]) -> str:
+    """In words, with the beginning of the template's digest."""
+    if error := facts.get("error"):
+        return f"cannot be used: {error}"
+    shown = [words for name, words in CHAT_FACTS if facts.get(name)]
+    return f"{', '.join(shown) or 'users and answers alone'} (SHA-256 {facts.get('digest', '')[:12]}…)"
 
 
 def _fact(value: Any) -> str:

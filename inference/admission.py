@@ -21,6 +21,7 @@ from accounts.principals import Principal
 from accounts.refusals import Refusal
 from accounts.throttling import RateState
 from inference import adapters, completion_cache, doorbell, settlement
+from inference.chat.prompt import ChatPrompt
 from inference.completion_cache import Completion
 from inference.engine.types import AdapterVector
 from inference.models import Receipt
@@ -62,11 +63,12 @@ def admit(
     """Raises Refusal; then nothing is held, charged or queued."""
     created_at = time.time()
     served, vector = _resolve(principal, order)
-    cache_key = _cache_key(principal, order, served, vector)
+    written = _render(order, served)
+    cache_key = _cache_key(principal, order, written, served, vector)
     if cached := _look_up(cache_key, order, served):
         scales = adapter_scales(_names(principal, served, vector), vector)
         return _charge_cached(principal, cached, served, scales, request_id, route, parent_id, created_at)
-    prompt = _tokenize(order, served)
+    prompt = _tokenize(written, served)
     max_tokens = _output_bound(principal, order, served, len(prompt))
     with ExitStack() as undo:
         tokens = _enter(principal, request_id, len(prompt) + max_tokens)
@@ -130,7 +132,9 @@ def _names(principal: Principal, served: Served, vector: AdapterVector) -> tuple
 # Cached?
 
 
-def _cache_key(principal: Principal, order: GenerateOrder, served: Served, vector: AdapterVector) -> str | None:
+def _cache_key(
+    principal: Principal, order: GenerateOrder, written: str | tuple[int, ...], served: Served, vector: AdapterVector
+) -> str | None:
     """None where the request does not want the cache, or there is none."""
     if not order.use_cache or not completion_cache.completion_cache().is_on:
         return None
@@ -138,7 +142,7 @@ def _cache_key(principal: Principal, order: GenerateOrder, served: Served, vecto
         tenant_id=principal.tenant_id,
         model_digest=served.digest,
         adapters=vector,
-        prompt=order.prompt,
+        prompt=written,
         max_tokens=order.max_tokens,
         sampling=order.sampling,
         decoding=order.decoding,
@@ -211,10 +215,15 @@ def context_of(principal: Principal, served: Served) -> int:
     return served.n_ctx if limit is None else min(served.n_ctx, limit)
 
 
-def _tokenize(order: GenerateOrder, served: Served) -> tuple[int, ...]:
-    if not isinstance(order.prompt, str):
+def _render(order: GenerateOrder, served: Served) -> str | tuple[int, ...]:
+    """A conversation becomes tokens at once, also before the cache is asked: what it says may depend on the day."""
+    if not isinstance(order.prompt, ChatPrompt):
         return order.prompt
-    return tokenizer_pool().encode(served, order.prompt)
+    return tokenizer_pool().chat(served, served.template_for(order.prompt), order.prompt)
+
+
+def _tokenize(written: str | tuple[int, ...], served: Served) -> tuple[int, ...]:
+    return tokenizer_pool().encode(served, written) if isinstance(written, str) else written
 
 
 def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:

@@ -36,6 +36,8 @@ MAX_TENSOR_NAME_BYTES = 63
 MAX_DIMENSIONS = 4
 MAX_TENSOR_ELEMENTS = 1 << 44
 MAX_ALIGNMENT = 1 << 16
+CHAT_TEMPLATE = "tokenizer.chat_template"
+MAX_NAMED_TEMPLATES = 8
 DEFAULT_ALIGNMENT = 32
 
 STRING, ARRAY = 8, 9
@@ -213,6 +215,13 @@ class Header:
         named = None if number is None else FILE_TYPES.get(number)
         return named or max(self.tensor_types, key=self.tensor_types.__getitem__, default="unknown")
 
+    def chat_templates(self) -> dict[str, str]:
+        """By name; that of most files is `default`. A few, such as `tool_use`, have keys of their own."""
+        texts = {"default": self.text(CHAT_TEMPLATE)}
+        named = [key for key in self.values if key.startswith(f"{CHAT_TEMPLATE}.")]
+        texts.update({key.removeprefix(f"{CHAT_TEMPLATE}."): self.text(key) for key in named[:MAX_NAMED_TEMPLATES]})
+        return {name: text for name, text in texts.items() if text}
+
     def kv_elements_per_token(self) -> int | None:
         """Numbers that the key-value cache holds for one token over all layers; None where the header does not say.
 
@@ -254,7 +263,7 @@ class Header:
             "bos_token_id": self.number("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.number("tokenizer.ggml.eos_token_id"),
             "add_bos_token": self.values.get("tokenizer.ggml.add_bos_token"),
-            "chat_template": self.text("tokenizer.chat_template"),
+            "chat_templates": self.chat_templates(),
             "file_type": self.number("general.file_type"),
             "quantization": self.quantization,
             "num_parameters": self.num_parameters,

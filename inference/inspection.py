@@ -16,11 +16,11 @@ from typing import Any
 
 from django.conf import settings
 
+from inference.chat.prompt import MAX_TEMPLATE_BYTES, digest_of
 from inference.gguf import GGUFError, Header, read_header, write_vocabulary_only
 from inference.trial import Trial, TrialError
 
 HASH_BLOCK_BYTES = 4 << 20
-MAX_CHAT_TEMPLATE_BYTES = 128 << 10
 
 Progress = Callable[[int, int], None]
 """Called with the bytes hashed so far and their total."""
@@ -71,14 +71,15 @@ def check_header(path: Path) -> Header:
         raise RegistrationError(
             "not_a_model", "The file has no vocabulary or no context length: nothing can be served."
         )
-    if len((header.text("tokenizer.chat_template") or "").encode()) > MAX_CHAT_TEMPLATE_BYTES:
-        raise RegistrationError("chat_template_too_large", f"Its template is over {MAX_CHAT_TEMPLATE_BYTES >> 10} KiB.")
+    if any(len(text.encode()) > MAX_TEMPLATE_BYTES for text in header.chat_templates().values()):
+        raise RegistrationError("chat_template_too_large", f"Its template is over {MAX_TEMPLATE_BYTES >> 10} KiB.")
     return header
 
 
 def is_unchanged(path: Path, digest: str, metadata: Mapping[str, Any]) -> bool:
     """Whether the file still has the size and time of that inspection, and its vocabulary file is there."""
-    return metadata.get("file") == stamp_of(path) and vocabulary_path(digest).is_file()
+    is_known = "chat" in metadata  # else the one who inspected it did not look at templates yet
+    return is_known and metadata.get("file") == stamp_of(path) and vocabulary_path(digest).is_file()
 
 
 def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None = None) -> Inspected:
@@ -109,8 +110,24 @@ def inspect(path: Path, *, progress: Progress | None = None, trial: Trial | None
         path=path,
         digest=digest,
         size_bytes=header.size_bytes,
-        metadata={**header.summary(), "file": stamp, "trial": report},
+        metadata={
+            **header.summary(),
+            "file": stamp,
+            "trial": report,
+            "chat": {name: template_facts(text, trial) for name, text in header.chat_templates().items()},
+        },
     )
+
+
+def template_facts(source: str, trial: Trial | None = None) -> dict[str, Any]:
+    """What a chat template was seen to do in a child (ChatTemplate.facts), or its digest and an `error`.
+
+    A template that is no good does not keep a model from being served without it.
+    """
+    try:
+        return (trial or Trial()).run_template(source)
+    except TrialError as error:
+        return {"digest": digest_of(source), "error": str(error)}
 
 
 def stamp_of(path: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from accounts.models import APIKey, Tenant
+from inference.chat.prompt import MAX_TEMPLATE_BYTES
 
 MAX_ALIASES = 32
 model_name_validator = RegexValidator(
@@ -79,6 +80,12 @@ class ServedModel(models.Model):
     keep_alive_seconds = models.PositiveIntegerField(
         null=True, blank=True, help_text="Idle time after which it is unloaded. Empty: never."
     )
+    chat_template = models.TextField(
+        blank=True,
+        max_length=MAX_TEMPLATE_BYTES,
+        help_text="Jinja that is used in place of the file's own chat template. Empty: the file's.",
+    )
+    chat_facts = models.JSONField(default=dict, editable=False, help_text="What that template was seen to do.")
     capabilities = models.JSONField(default=dict, blank=True, help_text='Switches such as {"generate": true}.')
     notes = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from accounts.models import Tenant
 from inference import models_yaml_adapters, registry
 from inference.adapter_file import Base
+from inference.chat.prompt import MAX_TEMPLATE_BYTES
 from inference.inspection import Inspected, Progress, RegistrationError, absolute, check_header, is_unchanged
 from inference.models import ServedModel
 from inference.models_yaml_adapters import MAX_ADAPTERS, AdapterEntry, AdapterPlan
@@ -28,6 +29,8 @@ from inference.trial import Trial
 DEFAULT_PLACE = Path("config") / "models.yaml"
 MAX_FILE_BYTES = 1 << 20
 MAX_MODELS = 1000
+MAX_SHOWN = 200
+"""Characters of a value in a list of changes."""
 
 
 class ModelsYamlError(Exception):
@@ -79,6 +82,7 @@ class Entry(Options):
     path: str | None = Field(None, min_length=1, max_length=1000)
     aliases: list[str] | None = None
     notes: str | None = Field(None, max_length=10_000)
+    chat_template: str | None = Field(None, max_length=MAX_TEMPLATE_BYTES)
     adapters: list[AdapterEntry] | None = Field(None, max_length=MAX_ADAPTERS)
 
     @model_validator(mode="before")
@@ -347,6 +351,11 @@ def _inspect_all(
     problems, inspected = [], {}
     for wanted in plan.models:
         try:
+            registry.check_template(wanted.options.get("chat_template", ""), wanted.name)
+        except RegistrationError as error:
+            problems.append(f"{wanted.place}.chat_template: {error.message}")
+            continue
+        try:
             inspected[wanted.name] = registry.examine(
                 wanted.path, known=rows.get(wanted.name), progress=progress, trial=trial
             )
@@ -366,7 +375,7 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
     if row is None:
         return Change(name=wanted.name, action="created", details=adapters)
     details = {
-        name: f"{getattr(row, name)!r} → {value!r}"
+        name: f"{_short(getattr(row, name))} → {_short(value)}"
         for name, value in wanted.options.items()
         if getattr(row, name) != value
     }
@@ -380,6 +389,12 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
             details["granted_tenants"] = f"{sorted(before)} → {sorted(after)}"
     details |= adapters
     return Change(name=wanted.name, action="updated" if details else "unchanged", details=details)
+
+
+def _short(value: object) -> str:
+    """A template is a page long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _compare_unnamed(row: ServedModel, prune: bool) -> Change:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from inference.chat.prompt import ChatPrompt
 from inference.engine.types import Decoding, SamplingParams
 
 Wanted = tuple[tuple[str | int, float | None], ...]
@@ -14,8 +15,8 @@ Wanted = tuple[tuple[str | int, float | None], ...]
 class GenerateOrder:
     """One sequence to generate. Numbers are checked before they come here, but for what only the model can tell."""
 
-    prompt: str | tuple[int, ...]
-    """Text in which nothing becomes a special token, or token ids."""
+    prompt: str | tuple[int, ...] | ChatPrompt
+    """Text in which nothing becomes a special token, token ids, or a conversation for the model's chat template."""
     model: str | None = None
     """None is the default model."""
     max_tokens: int | None = None

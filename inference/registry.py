@@ -21,6 +21,7 @@ from django.db.models import Prefetch, QuerySet
 from accounts import principals
 from accounts.models import Tenant
 from accounts.refusals import Refusal
+from inference.chat.prompt import ChatPrompt, ChatTemplate, digest_of
 from inference.inspection import (
     Inspected,
     Progress,
@@ -28,6 +29,7 @@ from inference.inspection import (
     absolute,
     inspect,
     is_unchanged,
+    template_facts,
     vocabulary_path,
 )
 from inference.models import ModelVariant, ServedModel
@@ -53,6 +55,7 @@ OPTIONS = (
     "load_mode",
     "keep_alive_seconds",
     "capabilities",
+    "chat_template",
     "notes",
 )
 """Fields of ServedModel that registration may set."""
@@ -98,6 +101,9 @@ class Served:
     eos_token_id: int | None
     add_bos_token: bool
     chat_template: str | None = field(repr=False)
+    """As text: the operator's, else the file's. It is rendered only where it was found good, see `template_for`."""
+    chat: ChatTemplate | None = field(repr=False)
+    chat_with_tools: ChatTemplate | None = field(repr=False)
     created_unix: int
 
     @property
@@ -107,6 +113,20 @@ class Served:
     def is_visible_to(self, principal: HasTenant) -> bool:
         shared = self.visibility == ServedModel.Visibility.SHARED
         return shared or principal.tenant_id in self.granted_tenant_ids
+
+    def template_for(self, prompt: ChatPrompt) -> ChatTemplate:
+        """The template that renders this conversation. Raises Refusal where none can show all of it."""
+        template = (self.chat_with_tools if prompt.tools else None) or self.chat
+        if template is None:
+            raise Refusal(
+                "capability_not_supported",
+                f"The model {self.name!r} has no chat template that can be used: send a prompt instead of messages.",
+            )
+        if prompt.tools and not template.has_tools:
+            raise Refusal("capability_not_supported", f"The chat template of {self.name!r} shows no tools.")
+        if not template.has_tool_calls and any(message.tool_calls for message in prompt.messages):
+            raise Refusal("capability_not_supported", f"The chat template of {self.name!r} shows no calls of tools.")
+        return template
 
 
 def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = (), variant: ModelVariant | None = None) -> Served:
@@ -145,9 +165,19 @@ def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = (), variant: 
         bos_token_id=data.get("bos_token_id"),
         eos_token_id=data.get("eos_token_id"),
         add_bos_token=bool(trial.get("add_bos_token", data.get("add_bos_token"))),
-        chat_template=data.get("chat_template"),
+        chat_template=row.chat_template or (data.get("chat_templates") or {}).get("default"),
+        chat=chat_template_of(row, "default"),
+        chat_with_tools=None if row.chat_template else chat_template_of(row, "tool_use"),
         created_unix=int(row.created_at.timestamp()),
     )
+
+
+def chat_template_of(row: ServedModel, name: str) -> ChatTemplate | None:
+    """The operator's template, else the file's of that name; None where there is none, or it was found no good."""
+    if row.chat_template:
+        return ChatTemplate.of(row.chat_template, row.chat_facts)
+    source = (row.metadata.get("chat_templates") or {}).get(name)
+    return ChatTemplate.of(source, row.metadata.get("chat", {}).get(name, {})) if source else None
 
 
 # Reading
@@ -310,10 +340,12 @@ def save(
     """Write the row of an inspected file; exactly one row is the default afterwards. Raises RegistrationError."""
     if unknown := set(options) - set(OPTIONS):
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    facts = check_template(options["chat_template"], name) if "chat_template" in options else None
     try:
         with transaction.atomic():
             row = ServedModel.objects.filter(name=name).first() or _new(name, inspected)
             _fill(row, inspected, options)
+            row.chat_facts = row.chat_facts if facts is None else facts
             row.clean_fields()
             row.clean()
             row.save()
@@ -329,6 +361,22 @@ def save(
         raise RegistrationError("conflict", "The registry was changed at the same moment. Try again.") from error
     row.refresh_from_db()
     return row
+
+
+def check_template(source: str, name: str = "") -> dict[str, Any]:
+    """What an operator's own template does, tried in a child; {} for none. Raises RegistrationError.
+
+    One that the model `name` has already is not tried again.
+    """
+    if not source:
+        return {}
+    known = ServedModel.objects.filter(name=name, chat_template=source).values_list("chat_facts", flat=True).first()
+    facts = known if known and known.get("digest") == digest_of(source) else template_facts(source)
+    if error := facts.get("error"):
+        raise RegistrationError(
+            "chat_template_invalid", f"The template is no good: {error}.", {"chat_template": [error]}
+        )
+    return facts
 
 
 def _new(name: str, inspected: Inspected) -> ServedModel:

@@ -1,4 +1,4 @@
-"""Starts the trial of a model or adapter in a child and turns any end of it, a crash too, into a report or a reason.
+"""Starts the trial of a model, adapter or chat template in a child; any end of it becomes a report or a reason.
 
 The calling thread waits; the registry calls it at registration. Whatever the file does, this process survives.
 """
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,9 @@ KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "TMP
 MAX_ANSWER_BYTES = 64 << 10
 OVERHEAD_BYTES = 3 << 30
 """Address space beside the weights: Python, llama.cpp, thread stacks, compute buffers."""
+TEMPLATE_CPU_SECONDS = 5
+TEMPLATE_WALL_SECONDS = 20.0
+TEMPLATE_BYTES = 512 << 20
 
 
 class TrialError(Exception):
@@ -45,12 +48,22 @@ class Trial:
         question = {"path": str(path), "base": str(base)}
         return self._ask("inference.trial_adapter", question, base.stat().st_size + path.stat().st_size)
 
+    def run_template(self, source: str) -> dict[str, Any]:
+        """What a chat template can do (inference.chat.probing.examine). Raises TrialError."""
+        tight = replace(
+            self,
+            cpu_seconds=min(self.cpu_seconds, TEMPLATE_CPU_SECONDS),
+            wall_seconds=min(self.wall_seconds, TEMPLATE_WALL_SECONDS),
+            overhead_bytes=min(self.overhead_bytes, TEMPLATE_BYTES),
+        )
+        return tight._ask("inference.trial_template", {"source": source}, 0)
+
     def _ask(self, module: str, question: dict[str, Any], file_bytes: int) -> dict[str, Any]:
         with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as logs:
             try:
                 status = self._run_child(module, question, file_bytes, answers, logs)
             except subprocess.TimeoutExpired as error:
-                raise TrialError(f"it did not load within {self.wall_seconds:g} s") from error
+                raise TrialError(f"it was not done within {self.wall_seconds:g} s") from error
             if status != 0:
                 raise TrialError(describe_end(status, tail(logs)))
             report = _parse(tail(answers))
@@ -109,7 +122,7 @@ def describe_end(status: int, log: bytes) -> str:
         return with_log(f"the child process ended with status {status}", log)
     if -status == signal.SIGXCPU:
         return "it used more processor time than it may"
-    return with_log(f"llama.cpp crashed on it ({signal.Signals(-status).name})", log)
+    return with_log(f"the process that tried it crashed ({signal.Signals(-status).name})", log)
 
 
 def with_log(reason: str, log: bytes) -> str:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -28,6 +29,11 @@ MODEL = "fake-model"
 OTHER_MODEL = "granted-model"
 N_CTX = 256
 N_SLOTS = 4
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }}\n{% endfor %}"
+    "{% if enable_thinking %}<think>\n{% endif %}{% if add_generation_prompt %}assistant :{% endif %}"
+)
+"""Of the fake models: words that stand alone. It shows no tools."""
 
 
 class Client(httpx.Client):
@@ -80,6 +86,17 @@ class BlankTokenizers:
         found = {zlib.crc32(word.encode()) & 0x7FFFFFF: word for word in text.split()}
         self.words.update(found)
         return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
+
+    def chat(self, model: Any, template: Any, prompt: Any) -> tuple[int, ...]:
+        return self.encode(model, self.render(model, template, prompt))
+
+    def render(self, model: Any, template: Any, prompt: Any) -> str:
+        """As the real child does it, but here and with a vocabulary without special tokens."""
+        from inference.chat.probing import NO_TOKENS
+        from inference.chat.rendering import rendered, text_of
+
+        found = orjson.loads(orjson.dumps(prompt))
+        return text_of(rendered(template.source, found, template.facts(), NO_TOKENS, now=datetime.now(UTC)))
 
     def decode(self, model: Any, tokens: Any, *, special: bool = False) -> str:
         return " ".join(self.words[token] for token in tokens)
@@ -178,9 +195,15 @@ class InProcessSite:
 
 
 def _serve_models(cast: Any) -> dict[str, Any]:
+    from inference.chat.probing import examine
     from inference.models import ServedModel
 
-    common = {"path": "/models/fake.gguf", "n_ctx": N_CTX, "n_slots": N_SLOTS, "metadata": {"context_length": 4096}}
+    metadata = {
+        "context_length": 4096,
+        "chat_templates": {"default": CHAT_TEMPLATE},
+        "chat": {"default": examine(CHAT_TEMPLATE)},
+    }
+    common = {"path": "/models/fake.gguf", "n_ctx": N_CTX, "n_slots": N_SLOTS, "metadata": metadata}
     shared = ServedModel.objects.create(
         name=MODEL, is_default=True, digest="a" * 64, aliases=["default-chat"], **common
     )

@@ -38,6 +38,8 @@ STATUS: dict[str, int] = {
     "prompt_not_tokenizable": 400,
     "tokenizer_failed": 400,
     "invalid_token": 400,
+    "chat_template_refused": 400,
+    "chat_template_failed": 400,
     "missing_api_key": 401,
     "invalid_api_key": 401,
     "expired_api_key": 401,

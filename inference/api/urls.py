@@ -9,6 +9,7 @@ from rest_framework.routers import SimpleRouter
 
 from inference.api import health, metrics_view
 from inference.api.llamacpp import model_views as llama_models
+from inference.api.llamacpp import template_views as llama_templates
 from inference.api.llamacpp import views as llama
 from inference.api.native import account_views, views
 from inference.api.operator import views as operator
@@ -44,6 +45,7 @@ urlpatterns = [
     path("completion", llama.CompletionView.as_view(), name="completion"),
     path("completions", llama.CompletionsView.as_view()),
     path("tokenize", llama_models.TokenizeView.as_view(), name="tokenize"),
+    path("apply-template", llama_templates.ApplyTemplateView.as_view(), name="apply-template"),
     path("detokenize", llama_models.DetokenizeView.as_view(), name="detokenize"),
     path("lora-adapters", llama_models.LoraAdaptersView.as_view(), name="lora-adapters"),
     path("props", llama_models.PropsView.as_view(), name="props"),

@@ -14,11 +14,13 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -29,6 +31,8 @@ from inference.engine.types import EngineError
 MAX_FRAME_BYTES = 32 * 2**20
 _LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
+_LOOKS_SPECIAL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+"""Some files say of their control tokens that users defined them, and llama.cpp finds those in any text."""
 
 
 @native.llama_log_callback
@@ -43,6 +47,8 @@ class Tokenizer:
         self._model = model
         self._vocab = native.llama_model_get_vocab(model)
         self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+        self._bos: int = native.llama_vocab_bos(self._vocab)
+        self._adds_bos = bool(native.llama_vocab_get_add_bos(self._vocab)) and self._bos >= 0
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -68,6 +74,80 @@ class Tokenizer:
         parse_special: read "<|im_end|>" and the like as control tokens; for the operator's templates only, never for
         text that came from a user. Lone surrogates, which no UTF-8 has, become U+FFFD.
         """
+        if not parse_special and self._disguised.search(text):
+            return self._encode_in_pieces(text, add_special=add_special)
+        return self._encode(text, add_special=add_special, parse_special=parse_special)
+
+    def encode_segments(self, segments: Sequence[tuple[str, bool]]) -> list[int]:
+        """The tokens of a prompt whose parts are (text, is it one special token?); text never becomes special.
+
+        Begins with the one BOS that the model wants, whether the first segment is it or not. A special token that
+        takes blanks beside it takes them from the text, as in llama.cpp.
+        """
+        tokens: list[int] = []
+        for number, (text, is_special) in enumerate(segments):
+            if is_special:
+                tokens.append(self.special_tokens[text])
+                continue
+            if number and self._takes_blanks(segments[number - 1], native.LLAMA_TOKEN_ATTR_RSTRIP):
+                text = text.lstrip()
+            if number + 1 < len(segments) and self._takes_blanks(segments[number + 1], native.LLAMA_TOKEN_ATTR_LSTRIP):
+                text = text.rstrip()
+            tokens += self.encode(text, add_special=False)
+        if self._adds_bos and tokens[:1] != [self._bos]:
+            tokens.insert(0, self._bos)
+        return tokens
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens that no user may write, by their text: control tokens, and those that look like it."""
+        found: dict[str, int] = {}
+        for token in range(self.n_vocab):
+            attributes = native.llama_vocab_get_attr(self._vocab, token)
+            is_control = attributes & (native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN)
+            if is_control or attributes & native.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                text = self._text(token)
+                if text and (is_control or _LOOKS_SPECIAL.fullmatch(text)):
+                    found.setdefault(text, token)
+        return found
+
+    @property
+    def text_of_bos(self) -> str:
+        return self._text(self._bos)
+
+    @property
+    def text_of_eos(self) -> str:
+        return self._text(native.llama_vocab_eos(self._vocab))
+
+    @cached_property
+    def _disguised(self) -> re.Pattern[str]:
+        """Special tokens that llama.cpp would find in a user's text, too."""
+        wanted = native.LLAMA_TOKEN_ATTR_USER_DEFINED
+        texts = [
+            text
+            for text, token in self.special_tokens.items()
+            if native.llama_vocab_get_attr(self._vocab, token) & wanted and len(text) > 1
+        ]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+    def _encode_in_pieces(self, text: str, *, add_special: bool) -> list[int]:
+        """No piece holds a whole special token."""
+        tokens: list[int] = []
+        done = 0
+        for match in self._disguised.finditer(text):
+            tokens += self._encode(text[done : match.start() + 1], add_special=add_special and done == 0)
+            done = match.start() + 1
+        return tokens + self._encode(text[done:], add_special=False)
+
+    def _takes_blanks(self, segment: tuple[str, bool], side: int) -> bool:
+        text, is_special = segment
+        return is_special and bool(native.llama_vocab_get_attr(self._vocab, self.special_tokens[text]) & side)
+
+    def _text(self, token: int) -> str:
+        text = native.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
+        return text.decode("utf-8", "replace") if text else ""
+
+    def _encode(self, text: str, *, add_special: bool, parse_special: bool = False) -> list[int]:
         data = _utf8(text)
         size = len(data) // 2 + 16  # enough for most text, where a token is some four bytes
         buffer = (native.llama_token * size)()
@@ -129,6 +209,7 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
     """One request of the protocol, by its "op"; raises EngineError, or KeyError/TypeError for a malformed one.
 
     encode: text, add_special (true), parse_special (false) -> tokens
+    encode_segments: segments, pairs of a text and whether it is one special token -> tokens
     detokenize: tokens, special (false) -> text
     info: -> the keys of Tokenizer.info
     """
@@ -136,6 +217,9 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
         case "encode":
             add_special, parse_special = request.get("add_special", True), request.get("parse_special", False)
             return {"tokens": tokenizer.encode(request["text"], add_special=add_special, parse_special=parse_special)}
+        case "encode_segments":
+            segments = [(str(text), bool(is_special)) for text, is_special in request["segments"]]
+            return {"tokens": tokenizer.encode_segments(segments)}
         case "detokenize":
             return {"text": tokenizer.detokenize(request["tokens"], special=request.get("special", False))}
         case "info":
@@ -144,7 +228,17 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             raise EngineError("unknown_operation", f"unknown operation {unknown!r}")
 
 
-def serve(tokenizer: Tokenizer, requests: BinaryIO, replies: BinaryIO, *, before_each: Callable[[], None]) -> None:
+Answer = Callable[[Tokenizer, dict[str, Any]], dict[str, Any]]
+
+
+def serve(
+    tokenizer: Tokenizer,
+    requests: BinaryIO,
+    replies: BinaryIO,
+    *,
+    before_each: Callable[[], None],
+    answer: Answer = answer,
+) -> None:
     """Answer until the input ends. Replies are {"ok": true, ...} or {"ok": false, "code", "message"}."""
     while (frame := read_frame(requests)) is not None:
         before_each()
@@ -216,8 +310,11 @@ def _fail(replies: BinaryIO, error: EngineError) -> NoReturn:
     raise SystemExit(2)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the child. The first frame it writes says {"ok": true, **info}, or why the file cannot be served."""
+def main(arguments: Sequence[str] | None = None, *, answer: Answer = answer) -> None:
+    """Run the child; `answer` may know more operations than the one here.
+
+    The first frame it writes says {"ok": true, **info}, or why the file cannot be served.
+    """
     parser = argparse.ArgumentParser(prog="inference.engine.tokenizer", description="Tokenize on behalf of a parent.")
     parser.add_argument("vocab", type=Path)
     parser.add_argument("--cpu-seconds", type=int, default=0, help="processor time for each request, 0 for no limit")
@@ -234,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EngineError as error:
         _fail(replies, error)
     write_frame(replies, {"ok": True, **tokenizer.info()})
-    serve(tokenizer, sys.stdin.buffer, replies, before_each=lambda: _limit_cpu(options.cpu_seconds))
+    serve(tokenizer, sys.stdin.buffer, replies, before_each=lambda: _limit_cpu(options.cpu_seconds), answer=answer)
 
 
 if __name__ == "__main__":

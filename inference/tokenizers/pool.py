@@ -1,7 +1,8 @@
 """Tokenizer children of the web process: started on demand, killed when they hang, replaced when they die.
 
-A child holds the vocabulary of one model (python -m inference.engine.tokenizer). Neither a hostile vocabulary nor a
-hostile text can stop the process that asks. Called from admission's threads; a call blocks for its time limit at most.
+A child holds the vocabulary of one model and renders its chat template (python -m inference.chat.child). Neither a
+hostile vocabulary nor a hostile text or template can stop the process that asks. Called from admission's threads; a
+call blocks for its time limit at most.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import orjson
 from django.conf import settings
 
 from accounts.refusals import Refusal
+from inference.chat.prompt import ChatPrompt, ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ START_TIMEOUT_SECONDS = 20.0
 MEMORY_BYTES = 4 * 2**30
 CHUNK = 65536
 LENGTH = struct.Struct(">I")
+UNENDING = ("chat_template_failed", "The model's chat template does not come to an end on this conversation.")
+FAILURES = {"encode": ("tokenizer_failed", "This text cannot be tokenized."), "chat": UNENDING, "render": UNENDING}
+"""Code and message where a child died of an operation."""
 
 
 class HasVocabulary(Protocol):
@@ -202,7 +207,7 @@ class TokenizerPool:
         self._processes = processes
         self._timeout_seconds = timeout_seconds
         limits = ["--cpu-seconds", str(math.ceil(timeout_seconds) + 1), "--memory-bytes", str(MEMORY_BYTES)]
-        self._command = command or [sys.executable, "-m", "inference.engine.tokenizer"]
+        self._command = command or [sys.executable, "-m", "inference.chat.child"]
         self._limits = [] if command else limits
         self._lock = threading.Lock()
         self._families: dict[str, _Family] = {}
@@ -213,11 +218,31 @@ class TokenizerPool:
         Raises Refusal: context_length_exceeded (without asking), tokenizer_failed, service_unavailable,
         llm_unavailable.
         """
-        if len(text) > MAX_TEXT_CHARACTERS:
-            raise Refusal(
-                "context_length_exceeded", f"The prompt has {len(text)} characters, more than any model takes here."
-            )
+        _check_length(len(text))
         return tuple(self.ask(model, {"op": "encode", "text": text, "add_special": add_special})["tokens"])
+
+    def chat(self, model: HasVocabulary, template: ChatTemplate, prompt: ChatPrompt) -> tuple[int, ...]:
+        """The tokens of a conversation, rendered by the template. Nothing that came from outside becomes special.
+
+        Raises Refusal as `encode`, chat_template_refused where the template does not take this conversation, and
+        chat_template_failed where it breaks.
+        """
+        return tuple(self.ask(model, self._conversation("chat", template, prompt))["tokens"])
+
+    def render(self, model: HasVocabulary, template: ChatTemplate, prompt: ChatPrompt) -> str:
+        """The same as text. Raises Refusal as `chat`."""
+        return str(self.ask(model, self._conversation("render", template, prompt))["text"])
+
+    @staticmethod
+    def _conversation(operation: str, template: ChatTemplate, prompt: ChatPrompt) -> dict[str, Any]:
+        _check_length(prompt.num_characters)
+        return {
+            "op": operation,
+            "template": template.source,
+            "traits": template.facts(),
+            "prompt": prompt,
+            "now": time.time(),
+        }
 
     def decode(self, model: HasVocabulary, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens. Raises Refusal as `encode`, also for an id that the model does not have."""
@@ -243,7 +268,7 @@ class TokenizerPool:
                 logger.warning("a tokenizer of %s was ended: %s", model.name, error)
                 too_slow = time.monotonic() - started >= self._timeout_seconds
                 if too_slow or attempt == 2:
-                    raise Refusal("tokenizer_failed", "This text cannot be tokenized.") from error
+                    raise Refusal(*FAILURES.get(message["op"], FAILURES["encode"])) from error
         raise AssertionError("unreachable")
 
     def _family(self, model: HasVocabulary) -> _Family:
@@ -269,7 +294,18 @@ def _check_start(child: TokenizerChild, model: HasVocabulary) -> None:
         raise Refusal("llm_unavailable", f"The vocabulary of {model.name!r} cannot be loaded; the operator was told.")
 
 
+def _check_length(num_characters: int) -> None:
+    if num_characters > MAX_TEXT_CHARACTERS:
+        raise Refusal(
+            "context_length_exceeded", f"The prompt has {num_characters} characters, more than any model takes here."
+        )
+
+
 def _checked(reply: dict[str, Any]) -> dict[str, Any]:
+    if reply.get("code") == "chat_template_refused":
+        raise Refusal("chat_template_refused", f"The model's chat template says: {reply.get('message')}")
+    if reply.get("code") in ("chat_template_failed", "chat_template_invalid"):
+        raise Refusal("chat_template_failed", f"The model's chat template failed: {reply.get('message')}")
     if not reply.get("ok"):
         raise Refusal("tokenizer_failed", str(reply.get("message", "")), reason=reply.get("code"))
     return reply

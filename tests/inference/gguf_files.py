@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from inference.trial import Trial, TrialError
+from inference.trial_load import Unfit
+from inference.trial_template import facts
 
 STRING, ARRAY = 8, 9
 METADATA: dict[str, tuple[int, Any]] = {
@@ -138,7 +140,7 @@ def _damage(data: bytearray, chance: random.Random) -> None:
 
 
 class PassingTrial(Trial):
-    """Says that every file loads; counts how often it was asked."""
+    """Says that every file loads, tries templates in this process; counts how often it was asked."""
 
     calls = 0
 
@@ -151,6 +153,12 @@ class PassingTrial(Trial):
         type(self).calls += 1
         assert base.is_file()
         return {"effect": 5.0, "residue": 0.0}
+
+    def run_template(self, source: str) -> dict[str, Any]:
+        try:
+            return facts(source)
+        except Unfit as error:
+            raise TrialError(str(error)) from error
 
 
 class FailingTrial(Trial):

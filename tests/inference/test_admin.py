@@ -365,3 +365,40 @@ def test_only_staff_with_the_permission_see_the_pages(client: Client, model: Ser
     act(client, "switch_off", model)
     model.refresh_from_db()
     assert model.load_mode == "eager"
+
+
+# Chat templates
+
+
+def posted(row: ServedModel, **values: Any) -> dict[str, Any]:
+    return form(name=row.name, path=row.path, n_ctx=row.n_ctx, n_slots=row.n_slots, **values)
+
+
+def test_the_page_of_a_model_shows_what_its_template_can_do(operator: Client, model: ServedModel) -> None:
+    page = text_of(operator.get(change_page(model)))
+    assert "cannot be used: It leaves out what was said" in page
+    own = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools }}"
+    model.chat_template, model.chat_facts = own, registry.check_template(own)
+    model.save()
+    page = text_of(operator.get(change_page(model)))
+    assert "system messages, tools (SHA-256 " in page
+    assert model.chat_facts["digest"][:12] in page
+
+
+def test_an_operator_puts_a_template_in_place_of_the_files(operator: Client, model: ServedModel) -> None:
+    own = "{% for m in messages %}\n{{ m.content }}\n{% endfor %}"
+    response = operator.post(change_page(model), posted(model, chat_template=own.replace("\n", "\r\n")))
+    assert response.status_code == 302, response.content
+    model.refresh_from_db()
+    assert (model.chat_template, model.chat_facts["has_system"]) == (own, True)
+    assert operator.post(change_page(model), posted(model, chat_template="")).status_code == 302
+    model.refresh_from_db()
+    assert (model.chat_template, model.chat_facts) == ("", {})
+
+
+def test_a_template_that_is_no_good_is_an_error_of_its_field(operator: Client, model: ServedModel) -> None:
+    response = operator.post(change_page(model), posted(model, chat_template="{{ messages"))
+    assert response.status_code == 200
+    assert "The template is no good: Line 1" in text_of(response)
+    model.refresh_from_db()
+    assert model.chat_template == ""

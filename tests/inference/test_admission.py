@@ -13,9 +13,11 @@ from accounts.models import LedgerEntry, QuotaPeriod, Reservation
 from accounts.refusals import Refusal
 from inference import admission, doorbell, settlement
 from inference.admission import Admitted, CachedAnswer, admit
+from inference.chat.probing import examine
+from inference.chat.prompt import ChatPrompt, Message
 from inference.completion_cache import Completion, completion_cache
 from inference.engine.types import SamplingParams
-from inference.models import Receipt
+from inference.models import Receipt, ServedModel
 from inference.queue import TicketQueue, ticket_queue
 from inference.registry import forget
 from inference.stream import end_claimed
@@ -402,3 +404,38 @@ def test_the_tokenizer_of_the_process_is_made_from_the_settings(settings: Any) -
     made = tokenizers.tokenizer_pool()
     assert made._timeout_seconds == settings.CONFIG.tokenizer_timeout_seconds
     forget()
+
+
+# Conversations
+
+
+class Renderer:
+    """In the place of the tokenizer pool: notes what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def chat(self, served: Any, template: Any, prompt: Any) -> tuple[int, ...]:
+        self.asked.append((template, prompt))
+        return PROMPT
+
+
+def test_a_conversation_is_rendered_and_tokenized_in_one_question(alice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    metadata = {"chat_templates": {"default": source}, "chat": {"default": examine(source)}}
+    ServedModel.objects.update(metadata=metadata)
+    forget()
+    renderer = Renderer()
+    monkeypatch.setattr(admission, "tokenizer_pool", lambda: renderer)
+    prompt = ChatPrompt(messages=(Message(role="user", content="hello"),))
+    sent = admitted(principal_of(alice), prompt=prompt, use_cache=True).ticket
+    by_tokens = admitted(principal_of(alice), prompt=PROMPT, use_cache=True).ticket
+    assert (sent.prompt, sent.cache_key) == (PROMPT, by_tokens.cache_key)
+    assert [(template.source, asked) for template, asked in renderer.asked] == [(source, prompt)]
+
+
+def test_a_conversation_for_a_model_without_a_template_leaves_nothing_behind(alice: Any, valkey: Any) -> None:
+    before = everything(valkey)
+    refusal = refused(principal_of(alice), prompt=ChatPrompt(messages=(Message(role="user", content="hello"),)))
+    assert (refusal.code, refusal.retryable) == ("capability_not_supported", False)
+    assert everything(valkey) == before

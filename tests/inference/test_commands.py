@@ -158,3 +158,17 @@ def test_a_terminal_sees_how_far_hashing_is() -> None:
     with hashing(Console(file=silent, force_terminal=True), hidden=True) as progress:
         progress(50, 100)
     assert silent.getvalue() == ""
+
+
+def test_register_model_takes_a_chat_template_from_a_file(tmp_path: Path) -> None:
+    path, template = gguf_files.write(tmp_path), tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    call("register_model", str(path), "--chat-template", str(template))
+    assert ServedModel.objects.get().chat_template == template.read_text()
+    call("register_model", str(path), "--chat-template", "")
+    assert ServedModel.objects.get().chat_template == ""
+    missing = fail_json("register_model", str(path), "--chat-template", str(tmp_path / "none"))
+    assert missing["code"] == "chat_template_unreadable"
+    template.write_text("{{ messages")
+    broken = fail_json("register_model", str(path), "--chat-template", str(template))
+    assert (broken["code"], list(broken["fields"])) == ("chat_template_invalid", ["chat_template"])

@@ -42,7 +42,7 @@ def test_a_header_tells_what_the_model_is(tmp_path: Path) -> None:
     assert summary["quantization"] == "F16"
     assert summary["num_parameters"] == 64 * 4 + 64 * 2
     assert summary["tensor_bytes"] == 64 * 4 * 4 + 64 * 2 // 32 * 20
-    assert summary["chat_template"] == "{{ messages[0].content }}"
+    assert summary["chat_templates"] == {"default": "{{ messages[0].content }}"}
     assert (summary["bos_token_id"], summary["eos_token_id"], summary["add_bos_token"]) == (0, 1, True)
     assert header.data_offset % 32 == 0
     assert header.size_bytes == header.data_offset + 1024 + 80

@@ -405,3 +405,20 @@ def test_every_key_of_the_file_is_in_the_documentation() -> None:
     text = (DOCS / "registry.md").read_text(encoding="utf-8")
     names = {*models_yaml.Entry.model_fields, *models_yaml.File.model_fields, *AdapterEntry.model_fields}
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+def test_a_chat_template_may_be_in_the_file(folder: Path) -> None:
+    own = "models: [{id: first, path: first.gguf, chat_template: '{% for m in messages %}{{ m.content }}{% endfor %}'}]"
+    assert actions(sync(folder, own)) == {"first": "created"}
+    assert ServedModel.objects.get().chat_facts["has_system"] is True
+    assert actions(sync(folder, own)) == {"first": "unchanged"}
+    (change,) = sync(folder, own.replace("{{ m.content }}", "{{ m.content }}" + "x" * 500)).changes
+    assert change.details["chat_template"].endswith("…")
+    assert len(change.details["chat_template"]) < 500
+    assert problems(folder, own.replace("endfor", "end")) == [
+        "models.0.chat_template: The template is no good: Line 1: Encountered unknown tag 'end'. Jinja was looking for "
+        "the following tags: 'endfor' or 'else'. The innermost block that needs to be closed is 'for'.."
+    ]
+    sync(folder, "models: [{id: first, path: first.gguf, chat_template: null}]")
+    row = ServedModel.objects.get()
+    assert (row.chat_template, row.chat_facts) == ("", {})

@@ -18,6 +18,7 @@ from accounts import principals
 from accounts.models import Plan, Tenant
 from accounts.refusals import Refusal
 from inference import inspection, registry
+from inference.chat.prompt import MAX_TEMPLATE_BYTES, ChatPrompt, Message
 from inference.inspection import RegistrationError, vocabulary_path
 from inference.models import ServedModel
 from tests.inference import gguf_files
@@ -120,7 +121,7 @@ def test_the_context_of_a_new_model_fits_its_training(tmp_path: Path) -> None:
         ({"general.architecture": (8, "clip")}, "not_a_model"),
         ({"llama.context_length": None}, "not_a_model"),
         ({"tokenizer.ggml.tokens": None}, "not_a_model"),
-        ({"tokenizer.chat_template": (8, "x" * (inspection.MAX_CHAT_TEMPLATE_BYTES + 1))}, "chat_template_too_large"),
+        ({"tokenizer.chat_template": (8, "x" * (MAX_TEMPLATE_BYTES + 1))}, "chat_template_too_large"),
         ({"general.architecture": None}, "gguf_malformed"),
     ],
 )
@@ -424,3 +425,76 @@ def test_a_row_costs_no_query_to_turn_into_a_snapshot(tmp_path: Path, django_ass
     row = register(tmp_path, "tiny")
     with django_assert_num_queries(0):
         assert registry.snapshot(row, [7]).granted_tenant_ids == frozenset({7})
+
+
+# Chat templates
+
+TALK = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+CHATTING = {"tokenizer.chat_template": (8, TALK)}
+SHORT = ChatPrompt(messages=(Message(role="user", content="x"),))
+
+
+def test_a_template_is_tried_at_registration_and_its_facts_are_kept(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path, changes=CHATTING)
+    row = registry.register(path, "tiny", trial=PassingTrial())
+    served = registry.resolve("tiny", ANYBODY)
+    assert served.chat is not None
+    assert served.template_for(SHORT) is served.chat
+    assert (served.chat.source, served.chat.has_system, served.chat.has_tools) == (TALK, True, False)
+    assert row.metadata["chat"]["default"].items() <= served.chat.facts().items()
+
+
+def test_a_template_that_is_no_good_leaves_a_model_without_conversations(tmp_path: Path) -> None:
+    registry.register(gguf_files.write(tmp_path), "tiny", trial=PassingTrial())
+    served = registry.resolve("tiny", ANYBODY)
+    assert served.chat is None
+    assert "leaves out what was said" in ServedModel.objects.get().metadata["chat"]["default"]["error"]
+    with pytest.raises(Refusal) as caught:
+        served.template_for(SHORT)
+    assert caught.value.code == "capability_not_supported"
+
+
+def test_a_second_template_named_tool_use_serves_requests_with_tools(tmp_path: Path) -> None:
+    with_tools = TALK + "{{ tools | tojson }}"
+    changes = {**CHATTING, "tokenizer.chat_template.tool_use": (8, with_tools)}
+    registry.register(gguf_files.write(tmp_path, changes=changes), "tiny", trial=PassingTrial())
+    served = registry.resolve("tiny", ANYBODY)
+    assert served.template_for(SHORT).source == TALK
+    assert served.template_for(dataclasses.replace(SHORT, tools=({"type": "function"},))).source == with_tools
+
+
+def test_an_operators_template_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path, changes=CHATTING)
+    own = TALK + "{{ tools | tojson }}"
+    registry.register(path, "tiny", trial=PassingTrial(), chat_template=own)
+    served = registry.resolve("tiny", ANYBODY)
+    assert served.chat is not None
+    assert (served.chat.source, served.chat.has_tools, served.chat_template) == (own, True, own)
+    registry.register(path, "tiny", trial=PassingTrial(), n_slots=2)
+    assert registry.resolve("tiny", ANYBODY).chat == served.chat
+    registry.register(path, "tiny", trial=PassingTrial(), chat_template="")
+    again = registry.resolve("tiny", ANYBODY).chat
+    assert again is not None
+    assert again.source == TALK
+
+
+def test_an_operators_template_that_is_no_good_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path, changes=CHATTING)
+    registry.register(path, "tiny", trial=PassingTrial())
+    for bad in ("{{ messages", "Hello", "x" * (MAX_TEMPLATE_BYTES + 1)):
+        with pytest.raises(RegistrationError) as caught:
+            registry.register(path, "tiny", trial=PassingTrial(), chat_template=bad, n_slots=3)
+        assert (caught.value.code, list(caught.value.fields)) == ("chat_template_invalid", ["chat_template"])
+    row = ServedModel.objects.get()
+    assert (row.chat_template, row.chat_facts, row.n_slots) == ("", {}, 8)
+
+
+def test_a_model_of_an_earlier_version_is_inspected_again_for_its_template(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path, changes=CHATTING)
+    row = registry.register(path, "tiny", trial=PassingTrial())
+    del row.metadata["chat"], row.metadata["chat_templates"]
+    row.save()
+    registry.forget()
+    assert registry.resolve("tiny", ANYBODY).chat is None
+    registry.register(path, "tiny", trial=PassingTrial())
+    assert registry.resolve("tiny", ANYBODY).chat is not None

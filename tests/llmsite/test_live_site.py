@@ -103,3 +103,38 @@ def test_the_second_start_is_quick_and_kill_9_leaves_no_orphan(tmp_path: Path) -
 def alive_commands(pids: list[int]) -> str:
     alive = ",".join(str(pid) for pid in pids if is_alive(pid))
     return subprocess.run(["ps", "-o", "pid,args", "-p", alive], capture_output=True, text=True, check=False).stdout
+
+
+def ask(site: Site, path: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{site.base_url}{path}", json=body, headers=site.headers(), timeout=60)
+
+
+def test_a_conversation_is_answered_by_the_real_model(live_site: Site) -> None:
+    question = [{"role": "user", "content": "What is 2+2?"}]
+    fields: dict[str, object] = {"messages": question, "max_new_tokens": 16, "temperature": 0, "cache": False}
+    whole = ask(live_site, "/v1/generate", **fields)
+    assert whole.status_code == 200, whole.text
+    assert whole.json()["output"] == "The answer to this classic math problem is 4."
+    streamed = ask(live_site, "/v1/generate", **fields, stream=True)
+    texts = re.findall(r'^data: \{"text":"(.*)"\}$', streamed.text, flags=re.MULTILINE)
+    assert "".join(texts) == whole.json()["output"]
+    assert '"finish_reason":"stop"' in streamed.text
+    prompt = ask(live_site, "/apply-template", messages=question).json()["prompt"]
+    assert prompt.endswith("<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_special_tokens_in_a_message_are_counted_as_text(live_site: Site) -> None:
+    """As a control token each would be one token."""
+
+    def num_tokens(content: str) -> int:
+        messages = [{"role": "user", "content": content}]
+        answer = ask(live_site, "/v1/generate", messages=messages, max_new_tokens=1, cache=False)
+        return int(answer.headers["x-usage-prompt-tokens"])
+
+    assert num_tokens("x" + "<|im_end|>" * 10) - num_tokens("x") > 40
+
+
+def test_a_template_of_a_request_is_refused(live_site: Site) -> None:
+    hostile = "{{ cycler.__init__.__globals__.os.popen('id').read() }}"
+    answer = ask(live_site, "/v1/generate", messages=[{"role": "user", "content": "x"}], chat_template=hostile)
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")

@@ -49,7 +49,7 @@ def test_the_header_of_the_real_model_is_read_in_milliseconds(model_path: Path) 
     assert (summary["architecture"], summary["quantization"], summary["context_length"]) == ("llama", "Q4_1", 8192)
     assert (summary["num_parameters"], summary["vocabulary_size"]) == (134_515_008, 49152)
     assert summary["kv_elements_per_token"] == 30 * 3 * 2 * 64
-    assert "<|im_start|>" in summary["chat_template"]
+    assert "<|im_start|>" in summary["chat_templates"]["default"]
 
 
 @pytest.mark.django_db

@@ -107,7 +107,7 @@ def _native_model(model: Served, workers: list[WorkerInfo], principal: Principal
         "aliases": list(model.aliases),
         "default": model.is_default,
         "backend": "llama.cpp",
-        "capabilities": {"generate": True, **model.capabilities},
+        "capabilities": {"generate": True, **_chat_capabilities(model), **model.capabilities},
         "load_mode": model.load_mode,
         "loaded": any(worker_state(worker, model).is_loaded for worker in workers),
         "context": model.n_ctx,
@@ -118,6 +118,16 @@ def _native_model(model: Served, workers: list[WorkerInfo], principal: Principal
             {"id": each.position, "name": each.name, "scale": each.default_scale}
             for each in adapters.granted(principal, model)
         ],
+    }
+
+
+def _chat_capabilities(model: Served) -> dict[str, bool]:
+    """What its chat template was seen to do; nothing can be switched on here that it cannot."""
+    templates = [template for template in (model.chat, model.chat_with_tools) if template]
+    return {
+        "chat": bool(templates),
+        "tools": any(template.has_tools for template in templates),
+        "thinking": any(template.has_thinking for template in templates),
     }
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from django.conf import settings
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inference.adapters import MAX_VECTOR
+from inference.api.chat_schemas import Messages, TemplateFields
+from inference.chat.prompt import ChatPrompt
 from inference.engine.types import SamplingParams
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
@@ -94,11 +96,23 @@ SAMPLING_NAMES = (
 )
 
 
-class GenerateBody(SamplingBody):
-    """POST /v1/generate."""
+class GenerateBody(SamplingBody, TemplateFields):
+    """POST /v1/generate. Either a prompt, which is text as it is, or messages for the model's chat template."""
 
-    prompt: Prompt
+    prompt: Prompt | None = None
+    messages: Messages | None = None
     stream: bool = Field(False, description="Send server-sent events instead of one JSON object.")
+
+    @model_validator(mode="after")
+    def _says_it_once(self) -> GenerateBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        if self.messages is None and (given := self.model_fields_set & TemplateFields.model_fields.keys()):
+            raise ValueError(f"{', '.join(sorted(given))}: only with messages")
+        return self
+
+    def prompt_or_chat(self) -> str | ChatPrompt:
+        return self.prompt if self.prompt is not None else self.chat_prompt(self.messages or [])
 
 
 class GenerateBatchBody(SamplingBody):

@@ -30,12 +30,13 @@ from inference.api.native.schemas import (
 from inference.api.parts import Part, Parts, drop
 from inference.api.sse import EventStream, frame
 from inference.api.streaming import open_stream
+from inference.chat.prompt import ChatPrompt
 from inference.orders import GenerateOrder
 from inference.stream import StreamEvent
 
 
 def order_from(
-    body: SamplingBody, prompt: str, request: Request, *, stream: bool = False, is_batch: bool = False
+    body: SamplingBody, prompt: str | ChatPrompt, request: Request, *, stream: bool = False, is_batch: bool = False
 ) -> GenerateOrder:
     wanted = body.max_new_tokens
     return GenerateOrder(
@@ -54,13 +55,13 @@ def order_from(
 
 
 class GenerateView(GenerationView):
-    """One prompt."""
+    """One prompt, or one conversation."""
 
     route = "/v1/generate"
 
     @extend_schema(
         operation_id="generate",
-        summary="Generate text from a prompt",
+        summary="Generate text from a prompt or a conversation",
         request=GenerateBody,
         parameters=[ALL_OR_NOTHING],
         responses={200: GenerateReply, (200, "text/event-stream"): GenerateEvent, 402: ErrorReply, 504: ErrorReply},
@@ -69,7 +70,7 @@ class GenerateView(GenerationView):
         body = self.parse(GenerateBody)
         principal = self.admit_to_view()
         self.stage = "admission"
-        order = order_from(body, body.prompt, request, stream=body.stream)
+        order = order_from(body, body.prompt_or_chat(), request, stream=body.stream)
         answer = admission.admit(principal, order, request_id=self.request_id, route=self.route)
         self.note_admission(answer)
         if isinstance(answer, CachedAnswer):

@@ -182,6 +182,7 @@ OPTION_FIELDS = [
     "load_mode",
     "keep_alive_seconds",
     "capabilities",
+    "chat_template",
     "notes",
 ]
 
@@ -197,8 +198,19 @@ class ServedModelSerializer(serializers.ModelSerializer[ServedModel]):
 
     class Meta:
         model = ServedModel
-        fields = ["id", "name", "path", "is_default", *OPTION_FIELDS, "digest", "size_bytes", "metadata", "created_at"]
-        read_only_fields = ["name", "path", "digest", "size_bytes", "metadata", "created_at"]
+        fields = [
+            "id",
+            "name",
+            "path",
+            "is_default",
+            *OPTION_FIELDS,
+            "chat_facts",
+            "digest",
+            "size_bytes",
+            "metadata",
+            "created_at",
+        ]
+        read_only_fields = ["name", "path", "chat_facts", "digest", "size_bytes", "metadata", "created_at"]
 
 
 class RegisterForm(ServedModelSerializer):

@@ -11,6 +11,7 @@ from django.core.management.base import CommandParser
 from accounts.management.base import HouseCommand
 from accounts.models import Tenant
 from inference import registry
+from inference.chat.prompt import MAX_TEMPLATE_BYTES
 from inference.inspection import RegistrationError
 from inference.management.listing import as_row, hashing
 from inference.models import ServedModel
@@ -42,11 +43,18 @@ class Command(HouseCommand):
         parser.add_argument("--kv-type", choices=ServedModel.KVType.values, help="type of the key-value cache")
         parser.add_argument("--load-mode", choices=ServedModel.LoadMode.values, help="when it is loaded, or not at all")
         number("--keep-alive-seconds", help="idle time after which it is unloaded")
+        parser.add_argument(
+            "--chat-template",
+            metavar="FILE",
+            help="Jinja to use in place of the file's own template; '' for the file's",
+        )
         parser.add_argument("--notes", help="for operators")
         parser.add_argument("--force", action="store_true", help="inspect the file again although it looks unchanged")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
         given = {name: options[name] for name in registry.OPTIONS if options.get(name) is not None}
+        if given.get("chat_template"):
+            given["chat_template"] = self._read_template(Path(given["chat_template"]))
         tenants = self._tenants(options["grant"]) if options["grant"] else None
         if tenants:
             given.setdefault("visibility", ServedModel.Visibility.GRANTED)
@@ -64,6 +72,13 @@ class Command(HouseCommand):
         except RegistrationError as error:
             self.fail(error.code, error.message, fields=dict(error.fields))
         return as_row(row)
+
+    def _read_template(self, path: Path) -> str:
+        try:
+            with path.open("rb") as file:
+                return file.read(MAX_TEMPLATE_BYTES + 1).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            self.fail("chat_template_unreadable", f"{path} cannot be read: {error}")
 
     def _tenants(self, names: list[str]) -> list[Tenant]:
         found = {tenant.name: tenant for tenant in Tenant.objects.filter(name__in=names)}

@@ -82,23 +82,32 @@ def test_bodies_and_errors_are_documented(document: Any) -> None:
 @pytest.mark.unit
 def test_every_number_and_string_of_a_body_is_bounded() -> None:
     from inference.api.llamacpp.schemas import CompletionBody, DetokenizeBody, LoraVectorBody, TokenizeBody
+    from inference.api.llamacpp.template_schemas import ApplyTemplateBody
     from inference.api.native.schemas import GenerateBatchBody, GenerateBody
 
-    for form in (GenerateBody, GenerateBatchBody, CompletionBody, TokenizeBody, DetokenizeBody, LoraVectorBody):
+    for form in (
+        GenerateBody,
+        GenerateBatchBody,
+        CompletionBody,
+        TokenizeBody,
+        DetokenizeBody,
+        LoraVectorBody,
+        ApplyTemplateBody,
+    ):
         for path, schema in leaves(form.model_json_schema()):
             kind = schema.get("type")
             if kind in {"integer", "number"}:
                 assert {"minimum", "exclusiveMinimum"} & schema.keys(), path
                 assert {"maximum", "exclusiveMaximum"} & schema.keys(), path
             if kind == "string":
-                assert {"maxLength", "enum"} & schema.keys(), path
+                assert {"maxLength", "enum", "const"} & schema.keys(), path
             if kind == "array":
                 assert "maxItems" in schema, path
 
 
 def leaves(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(schema, dict):
-        if "type" in schema:
+        if isinstance(schema.get("type"), str):  # else a property may have that name
             yield path, schema
         for name, part in schema.items():
             yield from leaves(part, f"{path}/{name}")
