@@ -120,7 +120,7 @@ def _describe_end(status: int, log: bytes) -> str:
         return _with_log(f"the trial process ended with status {status}", log)
     if -status == signal.SIGXCPU:
         return "it used more processor time than a trial may"
-    return _with_log(f"the process that tried it crashed ({signal.Signals(-status).name})", log)
+    return _with_log(f"the trial process crashed on it ({signal.Signals(-status).name})", log)
 
 
 def _with_log(reason: str, log: bytes) -> str:
