@@ -122,7 +122,7 @@ def describe_end(status: int, log: bytes) -> str:
         return with_log(f"the child process ended with status {status}", log)
     if -status == signal.SIGXCPU:
         return "it used more processor time than it may"
-    return with_log(f"the process that tried it crashed ({signal.Signals(-status).name})", log)
+    return with_log(f"the trial process crashed on it ({signal.Signals(-status).name})", log)
 
 
 def with_log(reason: str, log: bytes) -> str:

@@ -122,7 +122,7 @@ def _native_model(model: Served, workers: list[WorkerInfo], principal: Principal
 
 
 def _chat_capabilities(model: Served) -> dict[str, bool]:
-    """What its chat template was seen to do; nothing can be switched on here that it cannot."""
+    """What its chat template was seen to do; the operator's switches have the last word on what is told."""
     templates = [template for template in (model.chat, model.chat_with_tools) if template]
     return {
         "chat": bool(templates),
