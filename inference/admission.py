@@ -68,10 +68,11 @@ def admit(
         return _charge_cached(principal, cached, served, scales, request_id, route, parent_id, created_at)
     prompt = _tokenize(order, served)
     max_tokens = _output_bound(principal, order, served, len(prompt))
+    num_charged = 0 if order.shares_prompt else len(prompt)
     with ExitStack() as undo:
-        tokens = _enter(principal, request_id, len(prompt) + max_tokens)
-        undo.callback(_give_back_place, principal, request_id, len(prompt) + max_tokens)
-        held = _reserve(principal, order, request_id, len(prompt), max_tokens)
+        tokens = _enter(principal, request_id, num_charged + max_tokens)
+        undo.callback(_give_back_place, principal, request_id, num_charged + max_tokens)
+        held = _reserve(principal, order, request_id, num_charged, max_tokens)
         undo.callback(_quietly, quotas.release, request_id, "refused", _now())
         ticket = Ticket(
             request_id=request_id,
@@ -91,7 +92,8 @@ def admit(
             stop=order.stop,
             adapters=vector,
             adapter_names=_names(principal, served, vector),
-            prefix_cache=order.cache_prompt,
+            prefix_cache=order.cache_prompt or order.shares_prompt,
+            shares_prompt=order.shares_prompt,
             route=route,
             stream=order.stream,
             return_tokens=order.return_tokens,
@@ -99,7 +101,7 @@ def admit(
             queue_deadline_at=created_at + _queue_seconds(),
             deadline_at=created_at + settings.CONFIG.generation_timeout_seconds,
             reserved_tokens=held.reserved_tokens,
-            entered_tokens=len(prompt) + max_tokens,
+            entered_tokens=num_charged + max_tokens,
             cache_key=cache_key,
             clamped=held.clamped,
         )

@@ -85,7 +85,8 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
     """The price of a request that an engine ended.
 
     Whole answers, cancelled ones and those cut by their deadline cost the prompt and every token generated; errors
-    cost nothing, and neither does what ended before its first step.
+    cost nothing, and neither does what ended before its first step. A prompt that several answers of one request have
+    in common is paid by the first of them: where that one fails, nobody pays for it.
     """
     receipt = finished.receipt
     failed = finished.reason is FinishReason.ERROR
@@ -98,7 +99,7 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
         status=status.value,
         finish_reason=finished.reason.value,
         error_code=(finished.error or "error")[:64] if failed else "",
-        charged_tokens=ticket.num_prompt_tokens + receipt.completion_tokens if computed else 0,
+        charged_tokens=ticket.charged_prompt_tokens + receipt.completion_tokens if computed else 0,
         prompt_tokens=ticket.num_prompt_tokens,
         cached_tokens=receipt.cached_tokens,
         completion_tokens=receipt.completion_tokens,
@@ -181,8 +182,8 @@ def _order(ticket: Ticket, outcome: Outcome) -> SettleOrder | ReleaseOrder:
     return SettleOrder(
         request_id=ticket.request_id,
         charged_tokens=outcome.charged_tokens,
-        prompt_tokens=outcome.prompt_tokens,
-        cached_tokens=outcome.cached_tokens,
+        prompt_tokens=ticket.charged_prompt_tokens,
+        cached_tokens=min(outcome.cached_tokens, ticket.charged_prompt_tokens),
         completion_tokens=outcome.completion_tokens,
         model=ticket.model_name,
         now=now,

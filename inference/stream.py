@@ -42,8 +42,8 @@ def stream_key(request_id: str) -> str:
 # The form of events. `t` names the kind; readers ignore fields that they do not know.
 
 
-def encode_started() -> bytes:
-    return b'{"t":"started"}'
+def encode_started(started: Started) -> bytes:
+    return orjson.dumps({"t": "started", "slot": started.slot_id, "cached": started.num_cached})
 
 
 def encode_delta(text: str, num_tokens: int, tokens: Sequence[int] | None = None) -> bytes:
@@ -103,7 +103,7 @@ class _Outgoing:
     key: str
     ticket_key: str
     number: int = 0
-    started: bool = False
+    started: Started | None = None
     texts: list[str] = field(default_factory=list)
     num_tokens: int = 0
     tokens: list[int] | None = None
@@ -116,7 +116,7 @@ class _Outgoing:
     fenced: bool = False
 
     def has_news(self) -> bool:
-        return self.started or self.num_tokens > 0 or bool(self.texts) or self.end is not None
+        return self.started is not None or self.num_tokens > 0 or bool(self.texts) or self.end is not None
 
     def is_due(self, now: float) -> bool:
         if self.in_flight is not None or self.end is not None:
@@ -130,8 +130,8 @@ class _Outgoing:
         if self.in_flight is not None:
             return self.in_flight
         events: list[bytes] = []
-        if self.started:
-            events.append(encode_started())
+        if self.started is not None:
+            events.append(encode_started(self.started))
         if self.texts or self.num_tokens:
             events.append(encode_delta("".join(self.texts), self.num_tokens, self.tokens))
         outcome = b""
@@ -142,7 +142,7 @@ class _Outgoing:
         ticket = self.lease.ticket
         ttl = DONE_TTL_SECONDS if outcome else int(ticket.deadline_at - ticket.created_at + MARGIN_SECONDS)
         head = [ticket.request_id, self.lease.token, self.number, ttl, ticket.max_tokens + SPARE_EVENTS, outcome]
-        self.started, self.texts, self.num_tokens, self.waiting_since = False, [], 0, None
+        self.started, self.texts, self.num_tokens, self.waiting_since = None, [], 0, None
         if self.tokens is not None:
             self.tokens = []
         self.in_flight, self.ends_in_flight = [*head, *events], self.end is not None
@@ -249,7 +249,7 @@ class StreamWriter:
             if item.tokens is not None:
                 item.tokens += event.tokens
         elif isinstance(event, Started):
-            item.started = True
+            item.started = event
         if item.waiting_since is None:
             item.waiting_since = now
 

@@ -74,6 +74,7 @@ class BlankTokenizers:
         self.num_encoded = 0
 
         self.words: dict[int, str] = {}
+        self.fill: dict[str, int | None] = dict.fromkeys(("pre", "suf", "mid", "rep", "sep", "bos"))
 
     def encode(self, model: Any, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         self.num_encoded += 1
@@ -82,7 +83,10 @@ class BlankTokenizers:
         return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
 
     def decode(self, model: Any, tokens: Any, *, special: bool = False) -> str:
-        return " ".join(self.words[token] for token in tokens)
+        return " ".join(self.words.get(token, f"<{token}>") for token in tokens)
+
+    def fill_tokens(self, model: Any) -> dict[str, int | None]:
+        return dict(self.fill)
 
     def close(self) -> None:
         return

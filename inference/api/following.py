@@ -138,13 +138,18 @@ async def collect(request_id: str) -> Collected:
     raise failure(Ending("error", error="request_lost"))
 
 
+def events_of_cached(found: Completion) -> tuple[StreamEvent, Ending, str]:
+    """An answer from the completion cache as a stream has it: its one delta, its end, and the id of the end."""
+    delta = StreamEvent("0-1", {"t": "delta", "text": found.output, "n": found.completion_tokens})
+    return delta, ending_of_cached(found), "0-2"
+
+
 async def follow(request_id: str, last_id: str = "0") -> AsyncGenerator[StreamEvent]:
-    """Deltas and the end. Raises Refusal if the stream breaks off, or if its reader here was too slow."""
+    """The start, deltas and the end. Raises Refusal if the stream breaks off, or if its reader here was too slow."""
     try:
         async with reader().follow(request_id, last_id) as events:
             async for event in events:
-                if event.kind != "started":
-                    yield event
+                yield event
                 if event.kind == "finished":
                     return
     except SlowFollower as error:

@@ -283,7 +283,7 @@ class Engine:
         for sequence in chosen:
             if sequence.started_at is None and sequence.slot_id is not None:
                 sequence.started_at = now
-                self._events.append(Started(sequence.request_id, sequence.slot_id))
+                self._events.append(Started(sequence.request_id, sequence.slot_id, sequence.cached_tokens))
         # llama.cpp batches together only sequences that follow each other in rising order of their ids.
         seated = sorted((sequence.slot_id, sequence.request_id) for sequence in chosen if sequence.slot_id is not None)
         return {

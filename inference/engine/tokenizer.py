@@ -109,6 +109,18 @@ class Tokenizer:
             "chat_template": None if template is None else template.decode("utf-8", "replace"),
         }
 
+    def fill_tokens(self) -> dict[str, int | None]:
+        """The special tokens for fill-in-the-middle, by llama.cpp's names; None where the model has no such token.
+
+        bos: where a prompt begins with it.
+        """
+        vocab = self._vocab
+        names = {
+            name: getattr(native, f"llama_vocab_fim_{name}")(vocab) for name in ("pre", "suf", "mid", "rep", "sep")
+        }
+        bos = native.llama_vocab_bos(vocab) if native.llama_vocab_get_add_bos(vocab) else -1
+        return {name: _token_or_none(token) for name, token in (names | {"bos": bos}).items()}
+
     def free(self) -> None:
         """Free the vocabulary; nothing may be called afterwards."""
         native.llama_model_free(self._model)
@@ -131,6 +143,7 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
     encode: text, add_special (true), parse_special (false) -> tokens
     detokenize: tokens, special (false) -> text
     info: -> the keys of Tokenizer.info
+    fill_tokens: -> fill_tokens, as Tokenizer.fill_tokens
     """
     match request["op"]:
         case "encode":
@@ -140,6 +153,8 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             return {"text": tokenizer.detokenize(request["tokens"], special=request.get("special", False))}
         case "info":
             return tokenizer.info()
+        case "fill_tokens":
+            return {"fill_tokens": tokenizer.fill_tokens()}
         case unknown:
             raise EngineError("unknown_operation", f"unknown operation {unknown!r}")
 

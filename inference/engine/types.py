@@ -158,10 +158,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The sequence has a slot and its first prompt tokens are in the next step."""
+    """The sequence has a slot, which has num_cached tokens of its prompt; the next ones are in the next step."""
 
     request_id: str
     slot_id: int
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inference.api.following import Collected, Ending
-from inference.engine.types import SamplingParams
+from inference.engine.types import Decoding, SamplingParams, Speculation
 
 STOP_TYPES = {"eos": "eos", "stop": "word", "length": "limit"}
 
@@ -22,16 +22,18 @@ def final(
     model: str,
     settings: dict[str, Any],
     with_tokens: bool,
+    prompt: str,
     index: int = 0,
     content: str | None = None,
 ) -> dict[str, Any]:
     """A whole answer. content: what is said of it here, where a stream has said it already."""
     ending = collected.ending
-    seed = ending.receipt.get("seed")
-    slot = ending.receipt.get("slot_id")
+    receipt = ending.receipt
+    seed, slot = receipt.get("seed"), receipt.get("slot_id")
     return {
         "index": index,
         "content": collected.text if content is None else content,
+        "prompt": prompt,
         "tokens": collected.tokens if with_tokens else [],
         "id_slot": -1 if slot is None else slot,
         "stop": True,
@@ -40,12 +42,32 @@ def final(
         "tokens_evaluated": ending.prompt_tokens,
         "generation_settings": settings if seed is None else {**settings, "seed": seed},
         "has_new_line": "\n" in collected.text,
-        "truncated": False,
+        "truncated": bool(receipt.get("is_truncated")),
         "stop_type": STOP_TYPES.get(ending.reason, "none"),
         "stopping_word": ending.stop_word or "",
-        "tokens_cached": ending.prompt_tokens + max(0, ending.completion_tokens - 1),
+        "tokens_cached": receipt.get("held_tokens", 0),
         "timings": timings(ending),
     }
+
+
+def selected(content: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """response_fields: these alone, by the paths under which they were asked for; what is not there is left out."""
+    found = {path: _at(content, path.split("/")) for path in paths}
+    return {path: value for path, value in found.items() if value is not ABSENT}
+
+
+ABSENT = object()
+
+
+def _at(content: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        content = content.get(key, ABSENT) if isinstance(content, dict) else ABSENT
+    return content
+
+
+def progress(total: int, cached: int, processed: int, seconds: float) -> dict[str, Any]:
+    """return_progress: how far a prompt is; what was held already counts as processed, as upstream."""
+    return {"total": total, "cache": cached, "processed": processed, "time_ms": round(seconds * 1000)}
 
 
 def timings(ending: Ending) -> dict[str, Any]:
@@ -83,6 +105,7 @@ def generation_settings(
     sampling: SamplingParams,
     *,
     wanted_tokens: int,
+    decoding: Decoding = Decoding(),  # noqa: B008 - frozen
     stop: Sequence[str] = (),
     stream: bool = False,
     timings_per_token: bool = False,
@@ -90,6 +113,7 @@ def generation_settings(
 ) -> dict[str, Any]:
     """The echo of what a request asked for, defaults filled in. seed is replaced by the one that was used."""
     settings = asdict(sampling)
+    del settings["num_probs"]
     settings.update(
         seed=-1 if sampling.seed is None else sampling.seed,
         logit_bias=[
@@ -97,13 +121,42 @@ def generation_settings(
         ],
         n_predict=wanted_tokens,
         max_tokens=wanted_tokens,
-        n_keep=0,
-        n_discard=0,
-        n_probs=0,
+        n_keep=decoding.num_keep,
+        n_discard=decoding.num_discard,
+        context_shift=decoding.context_shift,
+        n_probs=sampling.num_probs,
         stop=list(stop),
         stream=stream,
-        grammar="",
+        grammar=sampling.grammar or "",
         timings_per_token=timings_per_token,
         lora=[{"id": position, "scale": scale} for position, scale in lora],
+        **_drafts(decoding.speculation),
+        **FIXED,
     )
     return settings
+
+
+FIXED: dict[str, Any] = {
+    "adaptive_target": -1.0,
+    "adaptive_decay": 0.9,
+    "grammar_lazy": False,
+    "grammar_triggers": [],
+    "preserved_tokens": [],
+    "chat_format": "Content-only",
+    "reasoning_format": "none",
+    "reasoning_in_content": False,
+    "generation_prompt": "",
+    "backend_sampling": False,
+}
+"""What upstream echoes and no request here can change."""
+
+
+def _drafts(speculation: Speculation | None) -> dict[str, Any]:
+    """What was asked for; nothing of it where the model's own settings hold."""
+    if speculation is None:
+        return {}
+    return {
+        "speculative.n_min": speculation.num_min,
+        "speculative.n_max": speculation.num_max,
+        "speculative.p_min": speculation.min_probability,
+    }

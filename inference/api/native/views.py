@@ -16,7 +16,7 @@ from inference import admission
 from inference.admission import Admitted, CachedAnswer
 from inference.api import cancelling
 from inference.api.async_view import Later, Outcome, json_response
-from inference.api.following import Ending, collect, ending_of_cached
+from inference.api.following import Ending, collect, ending_of_cached, events_of_cached
 from inference.api.generation import ALL_OR_NOTHING, GenerationView, answer_headers, is_all_or_nothing
 from inference.api.native.schemas import (
     ErrorReply,
@@ -105,8 +105,9 @@ class GenerateView(GenerationView):
         words = NativeFrames(self, answer.served.name, cached=True)
 
         async def frames() -> AsyncGenerator[bytes]:
-            yield words.delta(StreamEvent("0-1", {"text": answer.completion.output}))
-            yield words.end(ending_of_cached(answer.completion), "0-2")
+            delta, ending, end_id = events_of_cached(answer.completion)
+            yield words.delta(delta)
+            yield words.end(ending, end_id)
 
         response = EventStream(frames(), abandon=lambda: None)
         response.headers["x-cache"] = "hit"
@@ -118,6 +119,9 @@ class NativeFrames:
 
     def __init__(self, view: GenerationView, model: str, *, cached: bool = False) -> None:
         self._view, self._model, self._cached = view, model, cached
+
+    def started(self, event: StreamEvent) -> bytes:
+        return b""
 
     def delta(self, event: StreamEvent) -> bytes:
         return frame({"text": event.data["text"]}, event="delta", event_id=event.id)
