@@ -82,9 +82,8 @@ class GenerationView(AsyncAPIView):
         headers["x-cache"] = "miss" if computed else "hit"
         all_cached = not computed
         if computed:
-            headers["Server-Timing"] = server_timing(
-                {name: max(each[name] for each in computed) for name in computed[0]}
-            )
+            longest = {name: max(seconds[name] for seconds in computed) for name in computed[0]}
+            headers["Server-Timing"] = server_timing(longest)
         self.log_fields["cached"] = all_cached
         return headers
 

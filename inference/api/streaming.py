@@ -18,7 +18,6 @@ from inference.api.following import Ending, ending_of, failure, follow
 from inference.api.sse import KEEP_ALIVE_SECONDS, EventStream, with_keep_alive
 from inference.stream import StreamEvent
 
-
 RESTARTING = Refusal("service_unavailable", "The server is restarting.", retry_after=2)
 
 

@@ -115,11 +115,10 @@ class Tokenizer:
         bos: where a prompt begins with it.
         """
         vocab = self._vocab
-        names = {
-            name: getattr(native, f"llama_vocab_fim_{name}")(vocab) for name in ("pre", "suf", "mid", "rep", "sep")
-        }
+        names = ("pre", "suf", "mid", "rep", "sep")
+        found = {name: getattr(native, f"llama_vocab_fim_{name}")(vocab) for name in names}
         bos = native.llama_vocab_bos(vocab) if native.llama_vocab_get_add_bos(vocab) else -1
-        return {name: _token_or_none(token) for name, token in (names | {"bos": bos}).items()}
+        return {name: _token_or_none(token) for name, token in {**found, "bos": bos}.items()}
 
     def free(self) -> None:
         """Free the vocabulary; nothing may be called afterwards."""

@@ -29,7 +29,7 @@ def tokens_of(prompt: Piece, served: Served) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _tokens(pieces: Piece, served: Served, *, add_special: bool = False) -> list[int]:
+def _tokens(pieces: str | Sequence[str | int], served: Served, *, add_special: bool = False) -> list[int]:
     found: list[int] = []
     for place, piece in enumerate([pieces] if isinstance(pieces, str) else pieces):
         if isinstance(piece, int):

@@ -310,22 +310,22 @@ class CompletionBody(SamplingBody):
                 "Prompts: 1 to {prompts} in one request, and {answers} answers at most",
                 {"prompts": MAX_PROMPTS, "answers": MAX_ANSWERS},
             )
-        if any(
-            sum(isinstance(each, str) for each in prompt) > MAX_PIECES
-            for prompt in prompts
-            if not isinstance(prompt, str)
-        ):
+        mixed = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if any(sum(isinstance(each, str) for each in prompt) > MAX_PIECES for prompt in mixed):
             raise PydanticCustomError("too_many_texts", "A prompt has {most} texts at most", {"most": MAX_PIECES})
         return self
 
     def prompts(self) -> list[Piece]:
         """Each a text, or texts and token ids that follow each other."""
-        if not isinstance(self.prompt, list) or any(isinstance(each, int) for each in self.prompt):
+        if not isinstance(self.prompt, list):
             return [_piece(self.prompt)]
-        return [_piece(each) for each in self.prompt]
+        nested = [each for each in self.prompt if not isinstance(each, int)]
+        if len(nested) < len(self.prompt):
+            return [tuple(each for each in self.prompt if isinstance(each, int | str))]
+        return [_piece(each) for each in nested]
 
 
-def _piece(prompt: str | TextPrompt | list[Any]) -> Piece:
+def _piece(prompt: str | TextPrompt | list[int | str]) -> Piece:
     if isinstance(prompt, TextPrompt):
         return prompt.prompt_string
     return prompt if isinstance(prompt, str) else tuple(prompt)

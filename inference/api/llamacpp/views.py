@@ -120,13 +120,14 @@ class SamplingView(GenerationView):
         )
 
     def _frames(self, asked: Asked, index: int, answer: Admitted | CachedAnswer) -> LlamaFrames:
-        admitted = isinstance(answer, Admitted)
         return LlamaFrames(
             asked.body,
             model=asked.served.name,
             settings=asked.settings,
             prompt=asked.prompts[index],
-            num_prompt_tokens=answer.ticket.num_prompt_tokens if admitted else answer.completion.prompt_tokens,
+            num_prompt_tokens=(
+                answer.ticket.num_prompt_tokens if isinstance(answer, Admitted) else answer.completion.prompt_tokens
+            ),
             index=index,
             has_ids=len(asked.prompts) == 1,
             on_error=self._note_error,
