@@ -133,8 +133,8 @@ def _names(principal: Principal, served: Served, vector: AdapterVector) -> tuple
 
 
 def _cache_key(principal: Principal, order: GenerateOrder, served: Served, vector: AdapterVector) -> str | None:
-    """None where the request does not want the cache, or there is none."""
-    if not order.use_cache or not completion_cache.completion_cache().is_on:
+    """None where the request does not want the cache, or there is none. Probabilities are not kept."""
+    if not order.use_cache or order.sampling.num_probs or not completion_cache.completion_cache().is_on:
         return None
     return completion_cache.key(
         tenant_id=principal.tenant_id,

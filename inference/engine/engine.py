@@ -306,7 +306,7 @@ class Engine:
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
             if part.num_drafted:
-                sequence.count_draft(part.num_drafted, len(chosen.tokens) - 1)
+                sequence.count_draft(part.num_drafted, max(0, len(chosen.tokens) - 1))
             if chosen.tokens:
                 self._extend(sequence, chosen, now)
             if chosen.error and request_id in self._running:

@@ -167,11 +167,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class TokenProbs:
-    """A chosen token, its natural log-probability (-inf for 0), and the most probable ones, best first."""
+    """A token, its natural log-probability (-inf for 0), the bytes of its text (b"" for control tokens), and, of one
+    that was chosen, the most probable ones in its place, best first."""
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    piece: bytes = b""
+    top: tuple[TokenProbs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

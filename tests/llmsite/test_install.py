@@ -106,17 +106,17 @@ def test_what_is_stamped_is_not_installed_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(install, "REQUIREMENTS", tmp_path)
     monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
     monkeypatch.setattr(install, "STAMP", tmp_path / "stamp.json")
-    for group in install.GROUPS:
+    for group in ("build", *install.GROUPS):
         (tmp_path / f"{group}.txt").write_text(group)
     installed: list[str] = []
     monkeypatch.setattr(install, "install", installed.append)
     assert install.main(["worker", "demo"]) == 0
     assert install.main(["worker", "demo"]) == 0
-    assert installed == ["worker", "demo"]
+    assert installed == ["build", "worker", "demo"]  # llama.cpp is compiled
     (tmp_path / "worker.txt").write_text("changed")
     assert install.main(["dev", "worker"]) == 0
-    assert installed == ["worker", "demo", "dev"]  # dev.txt holds worker.txt
-    assert set(json.loads((tmp_path / "stamp.json").read_text())) == {"worker", "demo", "dev"}
+    assert installed == ["build", "worker", "demo", "dev"]  # dev.txt holds worker.txt
+    assert set(json.loads((tmp_path / "stamp.json").read_text())) == {"build", "worker", "demo", "dev"}
 
 
 def test_an_old_python_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

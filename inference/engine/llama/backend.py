@@ -18,6 +18,7 @@ from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
 from inference.engine.costs import CostCurve, measure
 from inference.engine.llama import abilities
 from inference.engine.llama.batch import Batch
+from inference.engine.llama.candidates import Candidates
 from inference.engine.llama.library import forward_log, native, token_bytes
 from inference.engine.llama.loading import (
     check_options,
@@ -62,6 +63,7 @@ class LlamaBackend:
         self._is_end = frozenset(self._end_tokens)
         self._pieces: dict[int, bytes] = {}
         self._samplers: dict[int, SlotSampler] = {}
+        self._candidates = Candidates(self.n_vocab)
         self._adapters: dict[str, Any] = {}
         self._attached: AdapterVector = ()
         self.adapters: frozenset[str] = frozenset()
@@ -125,7 +127,14 @@ class LlamaBackend:
         if not native.llama_memory_seq_rm(self._memory, slot_id, num_cached, -1):
             raise RuntimeError(f"slot {slot_id} cannot be cut to {num_cached} tokens")
         self._samplers[slot_id] = SlotSampler(
-            self._vocab, sampling, prompt=prompt, seed=seed, n_ctx=self.n_ctx, end_tokens=self._end_tokens
+            self._vocab,
+            sampling,
+            prompt=prompt,
+            seed=seed,
+            n_ctx=self.n_ctx,
+            end_tokens=self._end_tokens,
+            candidates=self._candidates,
+            piece=self.piece,
         )
 
     def copy(self, source_id: int, target_id: int) -> None:
@@ -143,7 +152,7 @@ class LlamaBackend:
     def _choose(self, part: SlotWork, row: int) -> Chosen:
         draft = part.tokens[len(part.tokens) - part.num_drafted :]
         chosen = self._samplers[part.slot_id].choose(self._context, row, draft)
-        num_wrong = part.num_drafted + 1 - len(chosen.tokens)
+        num_wrong = part.num_drafted - max(0, len(chosen.tokens) - 1)
         if num_wrong > 0:
             native.llama_memory_seq_rm(self._memory, part.slot_id, part.start + len(part.tokens) - num_wrong, -1)
         return chosen
