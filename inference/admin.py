@@ -142,6 +142,7 @@ class ServedModelForm(ServedModelFormBase):
             "n_threads": "Threads",
             "n_gpu_layers": "Layers on the GPU",
             "kv_type": "Type of the key-value cache",
+            "context_shift": "Shift full contexts",
             "load_mode": "Load it",
             "keep_alive_seconds": "Unload after idle seconds",
             "pool": "Pool of workers",
@@ -220,7 +221,8 @@ class ServedModelAdmin(ModelAdmin):
                 "fields": (
                     ("n_ctx", "n_slots"),
                     ("n_threads", "n_gpu_layers"),
-                    ("kv_type", "pool"),
+                    ("kv_type", "context_shift"),
+                    "pool",
                     ("load_mode", "keep_alive_seconds"),
                 )
             },

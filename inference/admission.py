@@ -62,6 +62,7 @@ def admit(
     """Raises Refusal; then nothing is held, charged or queued."""
     created_at = time.time()
     served, vector = _resolve(principal, order)
+    order = _as_served(principal, order, served)
     cache_key = _cache_key(principal, order, served, vector)
     if cached := _look_up(cache_key, order, served):
         scales = adapter_scales(_names(principal, served, vector), vector)
@@ -127,6 +128,19 @@ def _names(principal: Principal, served: Served, vector: AdapterVector) -> tuple
         return ()
     names = {adapter.digest: adapter.name for adapter in reversed(adapters.granted(principal, served))}
     return tuple(names.get(digest, digest) for digest, _ in vector)
+
+
+def _as_served(principal: Principal, order: GenerateOrder, served: Served) -> GenerateOrder:
+    """What this model does of how the order wants to be run. A context is shifted where the model's settings allow it,
+    the output is bounded by the request itself, and the plan allows the whole context: a plan's smaller one is an end.
+    """
+    slot_id = order.decoding.slot_id
+    if slot_id is not None and not 0 <= slot_id < served.n_slots:
+        raise Refusal("bad_request", f"There is no slot {slot_id}: this model has 0 to {served.n_slots - 1}.")
+    shifts = served.context_shift and order.max_tokens is not None and context_of(principal, served) == served.n_ctx
+    if order.decoding.context_shift and not shifts:
+        return replace(order, decoding=replace(order.decoding, context_shift=False))
+    return order
 
 
 # Cached?
@@ -232,9 +246,10 @@ def _output_bound(principal: Principal, order: GenerateOrder, served: Served, nu
             n_prompt_tokens=num_prompt_tokens,
             n_ctx=n_ctx,
         )
-    bounds = [n_ctx - num_prompt_tokens, order.max_tokens, principal.limit("max_output")]
+    room = None if order.decoding.context_shift else n_ctx - num_prompt_tokens
+    bounds = [room, order.max_tokens, principal.limit("max_output")]
     bound = min(each for each in bounds if each is not None)
-    if bound < 1:
+    if bound < 1 and order.max_tokens != 0:
         raise Refusal("forbidden", "No output tokens are allowed for this key.", limit="max_output", value=0)
     return bound
 

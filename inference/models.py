@@ -75,6 +75,10 @@ class ServedModel(models.Model):
     )
     n_gpu_layers = models.IntegerField(default=0, validators=[MinValueValidator(-1), MaxValueValidator(10000)])
     kv_type = models.CharField(max_length=8, choices=KVType.choices, default=KVType.F16)
+    context_shift = models.BooleanField(
+        default=True,
+        help_text="Requests that ask for more than the context holds go on without the oldest tokens of it.",
+    )
     load_mode = models.CharField(max_length=8, choices=LoadMode.choices, default=LoadMode.EAGER)
     keep_alive_seconds = models.PositiveIntegerField(
         null=True, blank=True, help_text="Idle time after which it is unloaded. Empty: never."

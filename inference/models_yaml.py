@@ -63,6 +63,7 @@ class Options(BaseModel):
     n_threads: int | None = Field(None, ge=1, le=512)
     n_gpu_layers: int | None = Field(None, ge=-1, le=10000)
     kv_type: Literal["f16", "q8_0", "q4_0"] | None = None
+    context_shift: bool | None = None
     keep_alive_seconds: int | None = Field(None, ge=0, le=2**31 - 1)
     visibility: Literal["shared", "granted"] | None = None
     granted_tenants: list[str] | None = None

@@ -19,7 +19,7 @@ class GenerateOrder:
     model: str | None = None
     """None is the default model."""
     max_tokens: int | None = None
-    """None: as many as the context and the plan allow."""
+    """None: as many as the context and the plan allow. 0: the prompt alone is computed, and held for those to come."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decoding: Decoding = field(default_factory=Decoding)
     stop: tuple[str, ...] = ()

@@ -49,6 +49,7 @@ OPTIONS = (
     "n_threads",
     "n_gpu_layers",
     "kv_type",
+    "context_shift",
     "load_mode",
     "keep_alive_seconds",
     "capabilities",
@@ -84,6 +85,7 @@ class Served:
     n_threads: int | None
     n_gpu_layers: int
     kv_type: str
+    context_shift: bool
     load_mode: str
     keep_alive_seconds: int | None
     capabilities: Mapping[str, Any]
@@ -127,6 +129,7 @@ def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = ()) -> Served
         n_threads=row.n_threads,
         n_gpu_layers=row.n_gpu_layers,
         kv_type=row.kv_type,
+        context_shift=row.context_shift,
         load_mode=row.load_mode,
         keep_alive_seconds=row.keep_alive_seconds,
         capabilities=dict(row.capabilities),

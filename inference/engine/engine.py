@@ -88,8 +88,8 @@ class Engine:
         "adapter_not_loaded".
         """
         backend = self._backend
-        if not request.prompt or request.max_tokens < 1:
-            raise EngineError("invalid_request", "a request needs a prompt token and max_tokens of at least 1")
+        if not request.prompt or request.max_tokens < 0:
+            raise EngineError("invalid_request", "a request needs a prompt token and max_tokens of at least 0")
         if len(request.prompt) >= backend.n_ctx:
             raise EngineError(
                 "prompt_too_long",
@@ -309,6 +309,8 @@ class Engine:
                 sequence.count_draft(part.num_drafted, max(0, len(chosen.tokens) - 1))
             if chosen.tokens:
                 self._extend(sequence, chosen, now)
+            elif sequence.is_prompt_done:
+                self._finish(sequence, FinishReason.LENGTH, now)
             if chosen.error and request_id in self._running:
                 self._finish(sequence, FinishReason.ERROR, now, error=chosen.error)
 
@@ -345,7 +347,7 @@ class Engine:
                 reason = FinishReason.EOS
             else:
                 text += sequence.text.feed(self._backend.piece(token))
-                reason = self._reason(sequence)
+                reason = self._reason(sequence, token, now)
             if reason:
                 text += sequence.text.finish()
                 break
@@ -354,13 +356,38 @@ class Engine:
         self._events.append(Delta(sequence.request_id, text, chosen.tokens[:taken], chosen.probs[:taken]))
         if reason:
             self._finish(sequence, reason, now)
+        elif self._is_full(sequence):
+            self._shift(sequence)
 
-    def _reason(self, sequence: Sequence) -> FinishReason | None:
+    def _reason(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
         """Why the sequence ends after its latest token, if it does."""
         if sequence.text.stop_word is not None:
             return FinishReason.STOP
         used_up = sequence.num_completion >= sequence.request.max_tokens
-        return FinishReason.LENGTH if used_up or len(sequence.tokens) >= self._backend.n_ctx else None
+        if self._is_full(sequence) and (used_up or not self._can_shift(sequence)):
+            sequence.is_truncated = True
+            return FinishReason.LENGTH
+        return FinishReason.LENGTH if used_up or self._is_late(sequence, token, now) else None
+
+    def _is_late(self, sequence: Sequence, token: int, now: float) -> bool:
+        """Its time to generate is over and a line ends here: as with llama.cpp's t_max_predict_ms, lines stay whole."""
+        seconds, began = sequence.request.decoding.max_decode_seconds, sequence.first_token_at
+        if seconds is None or began is None or now - began <= seconds:
+            return False
+        return b"\n" in self._backend.piece(token)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """No token fits behind its latest one, which is not computed yet. Drafts never reach beyond this."""
+        return len(sequence.tokens) >= self._backend.n_ctx
+
+    def _can_shift(self, sequence: Sequence) -> bool:
+        return sequence.request.decoding.context_shift and self._backend.abilities.shift
+
+    def _shift(self, sequence: Sequence) -> None:
+        """The one place where tokens of a running sequence disappear."""
+        num_keep, num_discard = sequence.shift(self._backend.n_ctx, self._backend.adds_bos)
+        assert sequence.slot_id is not None
+        self._backend.shift(sequence.slot_id, num_keep, num_discard)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> None:
         """End a live sequence: held text first, then the one Finished; its slot is free for the next step."""

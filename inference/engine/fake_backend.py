@@ -84,6 +84,7 @@ class FakeBackend:
         supports_adapters: bool = False,
         seconds_per_switch: float = 0.0,
         abilities: Abilities | None = None,
+        adds_bos: bool = False,
         max_draft_tokens: int = 256,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -102,6 +103,7 @@ class FakeBackend:
         self._attached: AdapterVector = ()
         self._held: dict[int, list[tuple[int, AdapterVector]]] = {}
         self.abilities = abilities or Abilities()
+        self.adds_bos = adds_bos
         self.max_draft_tokens = max_draft_tokens
         self.adapters: frozenset[str] = frozenset()
 

@@ -82,7 +82,8 @@ class Decoding:
 
     context_shift: go on where the slot's context is full, without num_discard of the tokens behind the first num_keep.
     num_keep: -1 is the whole prompt. num_discard: 0 is half of what is not kept. slot_id: the slot to wait for, None is
-    any. speculation: None leaves it to the model's settings. max_decode_seconds: end after so much time of generating.
+    any. speculation: None leaves it to the model's settings. max_decode_seconds: end with the first line break that
+    comes after so much time of generating.
     """
 
     context_shift: bool = False

@@ -33,6 +33,7 @@ def as_row(row: ServedModel) -> dict[str, Any]:
         "n_threads": row.n_threads,
         "n_gpu_layers": row.n_gpu_layers,
         "kv_type": row.kv_type,
+        "context_shift": row.context_shift,
         "load_mode": row.load_mode,
         "keep_alive_seconds": row.keep_alive_seconds,
         "visibility": row.visibility,

@@ -427,7 +427,7 @@ def test_a_slot_that_cannot_be_opened_ends_that_sequence_alone(clock: HandClock)
     ("fields", "code"),
     [
         ({"prompt": ()}, "invalid_request"),
-        ({"max_tokens": 0}, "invalid_request"),
+        ({"max_tokens": -1}, "invalid_request"),
         ({"prompt": tuple(range(64))}, "prompt_too_long"),
         ({"prompt": (1, -1)}, "invalid_request"),
         ({"prompt": (1, 2**31)}, "invalid_request"),

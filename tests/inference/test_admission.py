@@ -14,8 +14,8 @@ from accounts.refusals import Refusal
 from inference import admission, doorbell, settlement
 from inference.admission import Admitted, CachedAnswer, admit
 from inference.completion_cache import Completion, completion_cache
-from inference.engine.types import SamplingParams
-from inference.models import Receipt
+from inference.engine.types import Decoding, SamplingParams
+from inference.models import Receipt, ServedModel
 from inference.queue import TicketQueue, ticket_queue
 from inference.registry import forget
 from inference.stream import end_claimed
@@ -402,3 +402,40 @@ def test_the_tokenizer_of_the_process_is_made_from_the_settings(settings: Any) -
     made = tokenizers.tokenizer_pool()
     assert made._timeout_seconds == settings.CONFIG.tokenizer_timeout_seconds
     forget()
+
+
+# Shifts, slots, and prompts alone
+
+
+def test_output_beyond_the_context_is_allowed_where_it_shifts(alice: Any) -> None:
+    shift = Decoding(context_shift=True)
+    sent = admitted(principal_of(alice), max_tokens=5000, decoding=shift).ticket
+    assert (sent.max_tokens, sent.reserved_tokens, sent.decoding) == (5000, 5000 + len(PROMPT), shift)
+    bounded = admitted(principal_of(alice, max_output=30), max_tokens=5000, decoding=shift).ticket
+    assert bounded.max_tokens == 30
+
+
+@pytest.mark.parametrize("why", ["not asked", "no bound of its own", "the model does not", "the plan's context"])
+def test_without_a_shift_the_context_is_the_bound(alice: Any, why: str) -> None:
+    limits = {"max_context": 100} if why == "the plan's context" else {}
+    wanted = None if why == "no bound of its own" else 5000
+    n_ctx = 100 if limits else ServedModel.objects.get().n_ctx
+    if why == "the model does not":
+        ServedModel.objects.update(context_shift=False)
+        forget()
+    decoding = Decoding(context_shift=why != "not asked")
+    sent = admitted(principal_of(alice, **limits), max_tokens=wanted, decoding=decoding).ticket
+    assert (sent.max_tokens, sent.decoding.context_shift) == (n_ctx - len(PROMPT), False)
+
+
+def test_no_output_at_all_reserves_the_prompt_alone(alice: Any) -> None:
+    sent = admitted(principal_of(alice), max_tokens=0).ticket
+    assert (sent.max_tokens, sent.reserved_tokens, sent.clamped) == (0, len(PROMPT), False)
+
+
+@pytest.mark.parametrize("slot_id", [-2, 4, 2**40])
+def test_a_slot_that_is_not_there_is_refused(alice: Any, valkey: Any, slot_id: int) -> None:
+    before = everything(valkey)
+    assert refused(principal_of(alice), decoding=Decoding(slot_id=slot_id)).code == "bad_request"
+    assert everything(valkey) == before
+    assert admitted(principal_of(alice), decoding=Decoding(slot_id=3)).ticket.decoding.slot_id == 3

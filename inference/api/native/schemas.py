@@ -48,6 +48,9 @@ class SamplingBody(BaseModel):
     )
     cache: bool = Field(True, description="Answer an identical earlier request from the completion cache.")
     cache_prompt: bool = Field(True, description="Reuse what the engine still holds of the tenant's earlier prompts.")
+    context_shift: bool = Field(
+        False, description="Go on where the context is full, without the oldest tokens behind the first ones."
+    )
     max_new_tokens: int | None = Field(None, ge=1, le=1 << 20, description="Output bound in tokens.")
     temperature: float | None = Field(None, ge=0, le=5, description="0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1)

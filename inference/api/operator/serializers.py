@@ -179,6 +179,7 @@ OPTION_FIELDS = [
     "n_threads",
     "n_gpu_layers",
     "kv_type",
+    "context_shift",
     "load_mode",
     "keep_alive_seconds",
     "capabilities",

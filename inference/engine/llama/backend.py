@@ -57,6 +57,7 @@ class LlamaBackend:
         self._memory = native.llama_get_memory(context)
         self._vocab = native.llama_model_get_vocab(model)
         self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+        self.adds_bos: bool = native.llama_vocab_get_add_bos(self._vocab)
         self._end_tokens = tuple(
             token for token in range(self.n_vocab) if native.llama_vocab_is_eog(self._vocab, token)
         )
