@@ -57,6 +57,8 @@ class LlamaFrames:
         self._num_predicted += event.data["n"]
         self._has_new_line |= "\n" in text
         content = self._partial(text, event.data.get("tokens", [])) | content
+        if probs := event.probs():
+            content["completion_probabilities"] = replies.probabilities(probs, bool(self._body.post_sampling_probs))
         if self._body.timings_per_token:
             content["timings"] = replies.predicted_so_far(self._num_predicted, now - self._first_at)
         return self._frame(content, event.id)

@@ -11,8 +11,10 @@ from dataclasses import asdict
 from typing import Any
 
 from inference.api.following import Collected, Ending
-from inference.engine.types import Decoding, SamplingParams, Speculation
+from inference.engine.types import Decoding, SamplingParams, Speculation, TokenProbs
 
+LOWEST = -3.4028234663852886e38
+"""Upstream's log of 0, which JSON has no word for: the least number of 32 bits."""
 STOP_TYPES = {"eos": "eos", "stop": "word", "length": "limit"}
 
 
@@ -30,7 +32,7 @@ def final(
     ending = collected.ending
     receipt = ending.receipt
     seed, slot = receipt.get("seed"), receipt.get("slot_id")
-    return {
+    found = {
         "index": index,
         "content": collected.text if content is None else content,
         "prompt": prompt,
@@ -48,6 +50,25 @@ def final(
         "tokens_cached": receipt.get("held_tokens", 0),
         "timings": timings(ending),
     }
+    if collected.probs:
+        found["completion_probabilities"] = probabilities(collected.probs, settings["post_sampling_probs"])
+    return found
+
+
+def probabilities(probs: Sequence[TokenProbs], post_sampling: bool) -> list[dict[str, Any]]:
+    """Of each chosen token, and the most probable ones in its place."""
+    top = "top_probs" if post_sampling else "top_logprobs"
+    return [
+        {**_probability(each, post_sampling), top: [_probability(likely, post_sampling) for likely in each.top]}
+        for each in probs
+    ]
+
+
+def _probability(probs: TokenProbs, post_sampling: bool) -> dict[str, Any]:
+    """A token's bytes may be a part of a character: as text they are what is whole of them."""
+    measure = {"prob": math.exp(probs.logprob)} if post_sampling else {"logprob": max(probs.logprob, LOWEST)}
+    text = probs.piece.decode("utf-8", "ignore")
+    return {"id": probs.token, "token": text, "bytes": list(probs.piece), **measure}
 
 
 def selected(content: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from inference.adapters import MAX_VECTOR
 from inference.api.native.schemas import MAX_LOGIT_BIASES, MAX_PROMPT_CHARACTERS, MAX_STOPS, ModelName, Stop
 from inference.api.sse import KEEP_ALIVE_SECONDS
 from inference.engine.types import Decoding, SamplingParams, Speculation
+from inference.grammars import grammar_from
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
 
@@ -36,6 +37,7 @@ MAX_PIECES = 256
 MAX_TOKENS = 1 << 20
 MAX_DRAFT_TOKENS = 256
 MAX_PROBS = 100
+MAX_GRAMMAR_CHARACTERS = 65_536
 MAX_RESPONSE_FIELDS = 64
 MAX_SLOT_ID = 4095
 MAX_MILLISECONDS = 86_400_000
@@ -211,6 +213,10 @@ class SamplingBody(BaseModel):
     )
     logprobs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(None, description="An alias of n_probs.")
     post_sampling_probs: bool | None = Field(None, description="Probabilities as the samplers left them.")
+    grammar: Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS)] | None = Field(
+        None, description="GBNF that the answer follows."
+    )
+    json_schema: dict[str, Any] | None = Field(None, description="JSON Schema that the answer follows; not both.")
     cache_prompt: bool | None = None
     cache: bool | None = Field(None, description="Answer an identical earlier request from the completion cache.")
     lora: Annotated[list[LoraBody], Field(max_length=MAX_VECTOR)] | None = Field(
@@ -282,7 +288,7 @@ class SamplingBody(BaseModel):
         return Speculation(**named) if named else None
 
     def sampling(self) -> SamplingParams:
-        """llama.cpp's defaults where nothing is said."""
+        """llama.cpp's defaults where nothing is said. Raises Refusal for a grammar that cannot be followed."""
         given = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name, None)) is not None}
         if given.get("seed") in RANDOM_SEEDS:
             del given["seed"]
@@ -291,7 +297,7 @@ class SamplingBody(BaseModel):
                 given[name] = tuple(given[name])
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams(**given)
+        return SamplingParams(**given, num_probs=self.num_probs, grammar=grammar_from(self.grammar, self.json_schema))
 
 
 class CompletionBody(SamplingBody):
@@ -359,7 +365,9 @@ def _biases(given: list[Any] | dict[str, Any]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), -math.inf if bias is False else float(bias)) for token, bias in pairs)
 
 
-SAMPLING_NAMES = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in {"logit_bias", "grammar"})
+SAMPLING_NAMES = tuple(
+    name for name in SamplingParams.__dataclass_fields__ if name not in {"logit_bias", "grammar", "num_probs"}
+)
 
 
 class TokenizeBody(BaseModel):
@@ -418,6 +426,7 @@ class CompletionReply(BaseModel):
     stop_type: Literal["none", "eos", "limit", "word"]
     stopping_word: str
     timings: dict[str, float]
+    completion_probabilities: list[dict[str, Any]] | None = Field(None, description="With n_probs.")
 
 
 class TokenizeReply(BaseModel):
