@@ -233,9 +233,8 @@ def _tokenize(order: GenerateOrder, served: Served) -> tuple[int, ...]:
     return tokenizer_pool().encode(served, order.prompt)
 
 
-def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:
-    """Output tokens that the request may have, before the quota is asked."""
-    n_ctx = context_of(principal, served)
+def check_length(num_prompt_tokens: int, n_ctx: int) -> None:
+    """Raises Refusal for a prompt of nothing, and for one that leaves no room for an answer."""
     if num_prompt_tokens == 0:
         raise Refusal("empty_prompt", "The prompt has no tokens.")
     if num_prompt_tokens >= n_ctx:
@@ -246,6 +245,12 @@ def _output_bound(principal: Principal, order: GenerateOrder, served: Served, nu
             n_prompt_tokens=num_prompt_tokens,
             n_ctx=n_ctx,
         )
+
+
+def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:
+    """Output tokens that the request may have, before the quota is asked."""
+    n_ctx = context_of(principal, served)
+    check_length(num_prompt_tokens, n_ctx)
     room = None if order.decoding.context_shift else n_ctx - num_prompt_tokens
     bounds = [room, order.max_tokens, principal.limit("max_output")]
     bound = min(each for each in bounds if each is not None)

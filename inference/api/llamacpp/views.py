@@ -69,6 +69,8 @@ class SamplingView(GenerationView):
         """One answer, or one for each prompt and completion. Blocking. Raises Refusal."""
         self.stage = "admission"
         principal = self.admit_to_view()
+        for prompt in prompts:  # all of them before anything runs: a stream of several has a status, too
+            admission.check_length(len(prompt), admission.context_of(principal, served))
         settings = _settings(body, principal, served)
         orders = [
             each
