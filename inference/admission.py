@@ -23,6 +23,7 @@ from accounts.throttling import RateState
 from inference import adapters, completion_cache, doorbell, settlement
 from inference.completion_cache import Completion
 from inference.engine.types import AdapterVector
+from inference.grammars import verdicts
 from inference.models import Receipt
 from inference.orders import GenerateOrder
 from inference.queue import ticket_queue
@@ -67,6 +68,7 @@ def admit(
         scales = adapter_scales(_names(principal, served, vector), vector)
         return _charge_cached(principal, cached, served, scales, request_id, route, parent_id, created_at)
     prompt = _tokenize(order, served)
+    _check_grammar(order, served)
     max_tokens = _output_bound(principal, order, served, len(prompt))
     with ExitStack() as undo:
         tokens = _enter(principal, request_id, len(prompt) + max_tokens)
@@ -215,6 +217,12 @@ def _tokenize(order: GenerateOrder, served: Served) -> tuple[int, ...]:
     if not isinstance(order.prompt, str):
         return order.prompt
     return tokenizer_pool().encode(served, order.prompt)
+
+
+def _check_grammar(order: GenerateOrder, served: Served) -> None:
+    """Nothing is held yet, and no worker has seen it."""
+    if order.sampling.grammar is not None:
+        verdicts().check(served, order.sampling.grammar)
 
 
 def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:
