@@ -108,7 +108,7 @@ FAILURES: dict[str, tuple[str, str, float | None]] = {
     ),
     "grammar_too_slow": (
         "invalid_grammar",
-        "This grammar takes too long to follow; nothing is charged but what was streamed.",
+        "This grammar takes too long to follow. Nothing is charged but what was streamed.",
         None,
     ),
 }

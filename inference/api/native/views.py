@@ -185,11 +185,9 @@ def _result(part: Part) -> dict[str, Any]:
 
 def _probs(probs: Sequence[TokenProbs]) -> dict[str, Any]:
     """Nothing where none were asked for."""
-    return (
-        {"probs": [{**_likely(each), "top": [_likely(likely) for likely in each.top]} for each in probs]}
-        if probs
-        else {}
-    )
+    if not probs:
+        return {}
+    return {"probs": [{**_likely(each), "top": [_likely(likely) for likely in each.top]} for each in probs]}
 
 
 def _likely(probs: TokenProbs) -> dict[str, Any]:
