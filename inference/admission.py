@@ -23,6 +23,7 @@ from accounts.throttling import RateState
 from inference import adapters, completion_cache, doorbell, settlement
 from inference.completion_cache import Completion
 from inference.engine.types import AdapterVector
+from inference.grammars import verdicts
 from inference.models import Receipt
 from inference.orders import GenerateOrder
 from inference.queue import ticket_queue
@@ -68,6 +69,7 @@ def admit(
         scales = adapter_scales(_names(principal, served, vector), vector)
         return _charge_cached(principal, cached, served, scales, request_id, route, parent_id, created_at)
     prompt = _tokenize(order, served)
+    _check_grammar(order, served)
     max_tokens = _output_bound(principal, order, served, len(prompt))
     num_charged = 0 if order.shares_prompt else len(prompt)
     with ExitStack() as undo:
@@ -231,6 +233,12 @@ def _tokenize(order: GenerateOrder, served: Served) -> tuple[int, ...]:
     if not isinstance(order.prompt, str):
         return order.prompt
     return tokenizer_pool().encode(served, order.prompt)
+
+
+def _check_grammar(order: GenerateOrder, served: Served) -> None:
+    """Nothing is held yet, and no worker has seen it."""
+    if order.sampling.grammar is not None:
+        verdicts().check(served, order.sampling.grammar)
 
 
 def check_length(num_prompt_tokens: int, n_ctx: int) -> None:

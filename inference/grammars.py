@@ -1,11 +1,16 @@
 """From what a request says of its answer's form to one grammar that the engine gets, or a refusal with the place.
 
 The request's clock. `grammar_from` is for every dialect's schema parsing or order: pure, some milliseconds, remembered.
-What llama.cpp itself says to a grammar on a model's vocabulary is asked at admission (`dry_run`).
+What llama.cpp itself says to a grammar on a model's vocabulary is asked at admission (`verdicts`), in a child process.
 """
 
 from __future__ import annotations
 
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +18,11 @@ import orjson
 
 from accounts.refusals import Refusal
 from inference.structured import GrammarError, SchemaError, to_grammar, validate
+from inference.tokenizers.pool import HasVocabulary, TokenizerPool, grammar_pool
+
+MAX_VERDICTS = 4096
+BAD_SECONDS = 600.0
+"""A grammar that was refused is tried again after this: the machine may only have been busy."""
 
 
 def grammar_from(grammar: str | None, json_schema: dict[str, Any] | None) -> str | None:
@@ -80,3 +90,61 @@ def _validate(grammar: str) -> None:
 @lru_cache(maxsize=64)
 def _compile(schema: bytes) -> str:
     return to_grammar(orjson.loads(schema))
+
+
+# What llama.cpp says to it
+
+
+class Verdicts:
+    """What was found of grammars on vocabularies, so that none is tried twice in a row. Bounded; any thread.
+
+    A grammar that took too long or ended the child that tried it is not given to another child for BAD_SECONDS.
+    """
+
+    def __init__(self, pool: Callable[[], TokenizerPool], clock: Callable[[], float] = time.monotonic) -> None:
+        self._pool, self._clock = pool, clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+
+    def check(self, model: HasVocabulary, grammar: str) -> None:
+        """Blocking: a child may have to try it. Raises Refusal "invalid_grammar", or what the pool raises."""
+        key = hashlib.sha256(f"{model.digest} {grammar}".encode()).digest()
+        problem = self._recall(key)
+        if problem is None:
+            problem = self._try(model, grammar)
+            self._note(key, problem)
+        if problem:
+            raise Refusal("invalid_grammar", f"The grammar cannot be used: {problem}.", reason="refused_by_model")
+
+    def _try(self, model: HasVocabulary, grammar: str) -> str:
+        """What is wrong with it, "" where nothing is."""
+        try:
+            self._pool().ask(model, {"op": "grammar", "grammar": grammar})
+        except Refusal as refusal:
+            if refusal.code != "tokenizer_failed":
+                raise
+            return (
+                refusal.message if refusal.extra.get("reason") else "it takes too long, or too much memory, to follow"
+            )
+        return ""
+
+    def _recall(self, key: bytes) -> str | None:
+        with self._lock:
+            problem, noted_at = self._known.get(key, (None, 0.0))
+            if problem is None or (problem and self._clock() - noted_at > BAD_SECONDS):
+                return None
+            self._known.move_to_end(key)
+            return problem
+
+    def _note(self, key: bytes, problem: str) -> None:
+        with self._lock:
+            self._known[key] = problem, self._clock()
+            self._known.move_to_end(key)
+            while len(self._known) > MAX_VERDICTS:
+                self._known.popitem(last=False)
+
+
+@lru_cache(maxsize=1)
+def verdicts() -> Verdicts:
+    """Those of this process."""
+    return Verdicts(grammar_pool)

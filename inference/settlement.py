@@ -36,6 +36,8 @@ GROUP_SECONDS = 0.03
 ORPHAN_SECONDS = 2.0
 """An outcome that its maker has not settled for so long is settled by anybody."""
 MAX_KEPT = 10_000
+OF_ITS_OWN_MAKING = frozenset({"grammar_dead_end", "grammar_too_slow"})
+"""Errors that the request's grammar brought about."""
 WHOLE = (FinishReason.EOS, FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -86,10 +88,13 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
 
     Whole answers, cancelled ones and those cut by their deadline cost the prompt and every token generated; errors
     cost nothing, and neither does what ended before its first step. A prompt that several answers of one request have
-    in common is paid by the first of them: where that one fails, nobody pays for it.
+    in common is paid by the first of them: where that one fails, nobody pays for it. A stream that its own grammar led
+    to a dead end has been read, so it costs what one that was cancelled does: else a grammar could be written to stream
+    for nothing.
     """
     receipt = finished.receipt
-    failed = finished.reason is FinishReason.ERROR
+    is_error = finished.reason is FinishReason.ERROR
+    failed = is_error and not (ticket.stream and finished.error in OF_ITS_OWN_MAKING)
     computed = receipt.num_steps > 0 and not failed
     if failed:
         status = Receipt.Status.FAILED
@@ -98,7 +103,7 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
     return Outcome(
         status=status.value,
         finish_reason=finished.reason.value,
-        error_code=(finished.error or "error")[:64] if failed else "",
+        error_code=(finished.error or "error")[:64] if is_error else "",
         charged_tokens=ticket.charged_prompt_tokens + receipt.completion_tokens if computed else 0,
         prompt_tokens=ticket.num_prompt_tokens,
         cached_tokens=receipt.cached_tokens,

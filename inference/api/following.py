@@ -102,11 +102,15 @@ FAILURES: dict[str, tuple[str, str, float | None]] = {
     "invalid_grammar": ("invalid_grammar", "The model cannot follow this grammar; nothing is charged.", None),
     "grammar_dead_end": (
         "grammar_dead_end",
-        "No token that the grammar allows here may be chosen: tokens are banned that it needs, or the vocabulary lacks "
-        "them. Nothing is charged.",
+        "No token is left that the grammar allows: logit_bias bans what it needs, or the vocabulary lacks it. Nothing "
+        "is charged but what was streamed.",
         None,
     ),
-    "grammar_too_slow": ("invalid_grammar", "This grammar takes too long to follow; nothing is charged.", None),
+    "grammar_too_slow": (
+        "invalid_grammar",
+        "This grammar takes too long to follow. Nothing is charged but what was streamed.",
+        None,
+    ),
 }
 """From the worker's and the engine's words to the refusal that a client reads: code, message, seconds to wait."""
 

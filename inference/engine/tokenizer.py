@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import llama_cpp as native
 
+from inference.engine.grammar_trial import GrammarTrial
 from inference.engine.types import EngineError
 
 MAX_FRAME_BYTES = 32 * 2**20
@@ -43,6 +44,7 @@ class Tokenizer:
         self._model = model
         self._vocab = native.llama_model_get_vocab(model)
         self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+        self._trial: GrammarTrial | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -120,6 +122,12 @@ class Tokenizer:
         bos = native.llama_vocab_bos(vocab) if native.llama_vocab_get_add_bos(vocab) else -1
         return {name: _token_or_none(token) for name, token in {**found, "bos": bos}.items()}
 
+    def try_grammar(self, grammar: str) -> int:
+        """Follow a grammar for a moment; see GrammarTrial.run."""
+        if self._trial is None:
+            self._trial = GrammarTrial(self._vocab)
+        return self._trial.run(grammar)
+
     def free(self) -> None:
         """Free the vocabulary; nothing may be called afterwards."""
         native.llama_model_free(self._model)
@@ -141,6 +149,7 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
 
     encode: text, add_special (true), parse_special (false) -> tokens
     detokenize: tokens, special (false) -> text
+    grammar: grammar -> num_tokens, of the text it was tried on
     info: -> the keys of Tokenizer.info
     fill_tokens: -> fill_tokens, as Tokenizer.fill_tokens
     """
@@ -150,6 +159,8 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             return {"tokens": tokenizer.encode(request["text"], add_special=add_special, parse_special=parse_special)}
         case "detokenize":
             return {"text": tokenizer.detokenize(request["tokens"], special=request.get("special", False))}
+        case "grammar":
+            return {"num_tokens": tokenizer.try_grammar(request["grammar"])}
         case "info":
             return tokenizer.info()
         case "fill_tokens":

@@ -284,3 +284,13 @@ def tokenizer_pool() -> TokenizerPool:
     """The pool of this process."""
     config = settings.CONFIG
     return TokenizerPool(processes=config.tokenizer_processes, timeout_seconds=config.tokenizer_timeout_seconds)
+
+
+GRAMMAR_TIMEOUT_SECONDS = 0.8
+"""Ten times what the largest grammar that is let through takes on a quiet machine."""
+
+
+@lru_cache(maxsize=1)
+def grammar_pool() -> TokenizerPool:
+    """Children that try grammars out: others than those that tokenize, whom no grammar can hold up."""
+    return TokenizerPool(processes=settings.CONFIG.tokenizer_processes, timeout_seconds=GRAMMAR_TIMEOUT_SECONDS)

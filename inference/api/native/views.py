@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from inference.api.native.schemas import (
 from inference.api.parts import Part, Parts, drop
 from inference.api.sse import EventStream, frame
 from inference.api.streaming import open_stream
-from inference.engine.types import Decoding
+from inference.engine.types import Decoding, TokenProbs
 from inference.orders import GenerateOrder
 from inference.stream import StreamEvent
 
@@ -86,16 +86,12 @@ class GenerateView(GenerationView):
         with cancelling.unless_finished(self.request_id):
             collected = await collect(self.request_id)
         ending = collected.ending
-        return self._object(admitted.served.name, collected.text, False, ending, x_quota_clamped=admitted.clamped)
+        content = {"model": admitted.served.name, "output": collected.text, "cached": False, **_probs(collected.probs)}
+        return json_response(content, headers=answer_headers(ending, cached=False, clamped=admitted.clamped))
 
     def _reply_cached(self, answer: CachedAnswer) -> HttpResponse:
-        return self._object(answer.served.name, answer.completion.output, True, ending_of_cached(answer.completion))
-
-    def _object(
-        self, model: str, output: str, cached: bool, ending: Ending, *, x_quota_clamped: bool = False
-    ) -> HttpResponse:
-        headers = answer_headers(ending, cached=cached, clamped=x_quota_clamped)
-        return json_response({"model": model, "output": output, "cached": cached}, headers=headers)
+        content = {"model": answer.served.name, "output": answer.completion.output, "cached": True}
+        return json_response(content, headers=answer_headers(ending_of_cached(answer.completion), cached=True))
 
     # Server-sent events
 
@@ -126,7 +122,7 @@ class NativeFrames:
         return b""
 
     def delta(self, event: StreamEvent) -> bytes:
-        return frame({"text": event.data["text"]}, event="delta", event_id=event.id)
+        return frame({"text": event.data["text"], **_probs(event.probs())}, event="delta", event_id=event.id)
 
     def end(self, ending: Ending, event_id: str) -> bytes:
         content = {
@@ -188,4 +184,21 @@ def _result(part: Part) -> dict[str, Any]:
         "cached": part.cached,
         "prompt_tokens": ending.prompt_tokens,
         "completion_tokens": ending.completion_tokens,
+        **_probs(part.collected.probs),
+    }
+
+
+def _probs(probs: Sequence[TokenProbs]) -> dict[str, Any]:
+    """Nothing where none were asked for."""
+    if not probs:
+        return {}
+    return {"probs": [{**_likely(each), "top": [_likely(likely) for likely in each.top]} for each in probs]}
+
+
+def _likely(probs: TokenProbs) -> dict[str, Any]:
+    return {
+        "id": probs.token,
+        "text": probs.piece.decode("utf-8", "replace"),
+        "bytes": list(probs.piece),
+        "logprob": probs.logprob,
     }
