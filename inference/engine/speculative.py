@@ -21,6 +21,8 @@ MAX_PLACES = 8
 """Of the places where they stood, so many are looked at, the latest first."""
 MAX_INDEXED = 65_536
 """Tokens of one sequence that are remembered at most; beyond that the older half is forgotten."""
+MAX_PADDING = 128
+"""Tokens by which two vocabularies may differ in length, as llama.cpp allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,20 @@ class Proposer(Protocol):
     def free(self) -> None:
         """Free everything. Idempotent; nothing else may be called afterwards."""
         ...
+
+
+def vocabulary_problem(target: Sequence[bytes], draft: Sequence[bytes]) -> str:
+    """Why a model with the vocabulary `draft` cannot guess tokens of `target`; "" if it can.
+
+    Vocabularies of one family differ in how many unused tokens fill them up at the end.
+    """
+    if abs(len(target) - len(draft)) > MAX_PADDING:
+        return f"its vocabulary has {len(draft)} tokens, not {len(target)}"
+    for token, (one, other) in enumerate(zip(target, draft, strict=False)):
+        if one != other:
+            wanted, found = (text[:40].decode("utf-8", "replace") for text in (one, other))
+            return f"its vocabulary is another one: token {token} is {found!r}, not {wanted!r}"
+    return ""
 
 
 class _Index:

@@ -16,7 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 import llama_cpp as native
 
-__all__ = ["accept", "forward_log", "native", "piece", "sample", "token_bytes"]
+__all__ = ["accept", "forward_log", "native", "piece", "sample", "token_bytes", "token_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,3 +58,8 @@ def token_bytes(vocab: Any, token: int) -> bytes:
         if length >= 0:
             return buffer.raw[:length]
         size = -length
+
+
+def token_texts(vocab: Any) -> list[bytes]:
+    """What each token of a vocabulary is written as."""
+    return [native.llama_vocab_get_text(vocab, token) for token in range(native.llama_vocab_n_tokens(vocab))]
