@@ -11,7 +11,8 @@ from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field
 
 from inference.adapters import MAX_VECTOR
-from inference.engine.types import SamplingParams
+from inference.engine.drafting import MAX_DRAFT
+from inference.engine.types import Decoding, SamplingParams, Speculation
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
 
@@ -35,6 +36,18 @@ class AdapterBody(BaseModel):
     scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] | None = Field(
         None, description="Absent is the adapter's own; 0 is no adapter."
     )
+
+
+class SpeculativeBody(BaseModel):
+    """Bounds on guessed tokens. They change how fast the answer comes, never what it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    n_min: int = Field(0, ge=0, le=MAX_DRAFT, description="Shorter drafts are thrown away.")
+    n_max: int = Field(
+        16, ge=0, le=MAX_DRAFT, description="Guesses of a step at most, up to what the model is served with; 0 is none."
+    )
+    p_min: float = Field(0.0, ge=0, le=1, description="A draft model stops guessing below this probability.")
 
 
 class SamplingBody(BaseModel):
@@ -64,10 +77,21 @@ class SamplingBody(BaseModel):
     ignore_eos: bool | None = Field(None, description="Generate past the end-of-text token.")
     seed: int | None = Field(None, ge=0, lt=1 << 32, description="The same seed gives the same text.")
     stop: list[Stop] | None = Field(None, max_length=MAX_STOPS, description="Texts that end the output.")
+    speculative: SpeculativeBody | Literal[False] | None = Field(
+        None, description="Speculative decoding; absent is as the model is served, false is none."
+    )
 
     def wanted_adapters(self) -> Wanted | None:
         """None where the request says nothing of adapters."""
         return None if self.adapters is None else tuple((each.name, each.scale) for each in self.adapters)
+
+    def decoding(self) -> Decoding:
+        if self.speculative is None:
+            return Decoding()
+        if not self.speculative:
+            return Decoding(speculation=Speculation(num_max=0))
+        asked = self.speculative
+        return Decoding(speculation=Speculation(num_min=asked.n_min, num_max=asked.n_max, min_probability=asked.p_min))
 
     def sampling(self) -> SamplingParams:
         """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting."""

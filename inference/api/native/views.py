@@ -43,6 +43,7 @@ def order_from(
         model=body.model,
         max_tokens=settings.CONFIG.default_max_tokens if wanted is None else wanted,
         sampling=body.sampling(),
+        decoding=body.decoding(),
         stop=tuple(body.stop or ()),
         adapters=body.wanted_adapters(),
         stream=stream,
