@@ -116,7 +116,7 @@ class PropsView(ModelView):
         content = {
             "default_generation_settings": {
                 "n_ctx": admission.context_of(principal, served),
-                "params": replies.generation_settings(SamplingParams(), wanted_tokens=-1),
+                "params": replies.generation_settings(SamplingParams(), wanted_tokens=-1, draft_kind=served.draft_kind),
             },
             "total_slots": served.n_slots,
             "model_alias": served.name,

@@ -15,6 +15,8 @@ from inference.engine.types import Decoding, SamplingParams, Speculation, TokenP
 
 LOWEST = -3.4028234663852886e38
 """Upstream's log of 0, which JSON has no word for: the least number of 32 bits."""
+DRAFT_TYPES = {"prompt_lookup": "ngram-simple", "model": "draft"}
+"""From a served model's setting to upstream's word."""
 STOP_TYPES = {"eos": "eos", "stop": "word", "length": "limit"}
 
 
@@ -130,6 +132,7 @@ def generation_settings(
     stop: Sequence[str] = (),
     stream: bool = False,
     timings_per_token: bool = False,
+    draft_kind: str = "none",
     lora: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
     """The echo of what a request asked for, defaults filled in. seed is replaced by the one that was used."""
@@ -151,6 +154,7 @@ def generation_settings(
         grammar=sampling.grammar or "",
         timings_per_token=timings_per_token,
         lora=[{"id": position, "scale": scale} for position, scale in lora],
+        **{"speculative.types": DRAFT_TYPES.get(draft_kind, draft_kind)},
         **_drafts(decoding.speculation),
         **FIXED,
     )

@@ -22,8 +22,16 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from inference.adapters import MAX_VECTOR
-from inference.api.native.schemas import MAX_LOGIT_BIASES, MAX_PROMPT_CHARACTERS, MAX_STOPS, ModelName, Stop
+from inference.api.native.schemas import (
+    MAX_GRAMMAR_CHARACTERS,
+    MAX_LOGIT_BIASES,
+    MAX_PROMPT_CHARACTERS,
+    MAX_STOPS,
+    ModelName,
+    Stop,
+)
 from inference.api.sse import KEEP_ALIVE_SECONDS
+from inference.engine.drafting import MAX_DRAFT
 from inference.engine.types import Decoding, SamplingParams, Speculation
 from inference.grammars import grammar_from
 from inference.models import MAX_SCALE
@@ -35,9 +43,7 @@ MAX_ANSWERS = 32
 MAX_PIECES = 256
 """Strings in one prompt that mixes them with token ids."""
 MAX_TOKENS = 1 << 20
-MAX_DRAFT_TOKENS = 256
 MAX_PROBS = 100
-MAX_GRAMMAR_CHARACTERS = 65_536
 MAX_RESPONSE_FIELDS = 64
 MAX_SLOT_ID = 4095
 MAX_MILLISECONDS = 86_400_000
@@ -120,8 +126,8 @@ class SpeculativeBody(BaseModel):
 
     model_config = STRICT
 
-    n_min: Annotated[int, Soft(0, MAX_DRAFT_TOKENS)] | None = None
-    n_max: Annotated[int, Soft(0, MAX_DRAFT_TOKENS)] | None = None
+    n_min: Annotated[int, Soft(0, MAX_DRAFT)] | None = None
+    n_max: Annotated[int, Soft(0, MAX_DRAFT)] | None = None
     p_min: Annotated[float, Soft(0, 1)] | None = None
 
 
@@ -223,8 +229,8 @@ class SamplingBody(BaseModel):
         None, description="Absent is the tenant's default, [] is none."
     )
     speculative: SpeculativeBody | Literal[False] | None = Field(None, description="false: no drafts.")
-    speculative_n_min: Annotated[int, Soft(0, MAX_DRAFT_TOKENS)] | None = Field(None, alias="speculative.n_min")
-    speculative_n_max: Annotated[int, Soft(0, MAX_DRAFT_TOKENS)] | None = Field(None, alias="speculative.n_max")
+    speculative_n_min: Annotated[int, Soft(0, MAX_DRAFT)] | None = Field(None, alias="speculative.n_min")
+    speculative_n_max: Annotated[int, Soft(0, MAX_DRAFT)] | None = Field(None, alias="speculative.n_max")
     speculative_p_min: Annotated[float, Soft(0, 1)] | None = Field(None, alias="speculative.p_min")
     n_cmpl: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Completions of each prompt.")
     n: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="An alias of n_cmpl.")

@@ -233,5 +233,6 @@ def _settings(body: SamplingBody, principal: Principal, served: Served) -> dict[
         stop=body.stops(),
         stream=bool(body.stream),
         timings_per_token=bool(body.timings_per_token),
+        draft_kind=served.draft_kind,
         lora=default if body.lora is None else [(each.id, each.scale) for each in body.lora],
     )

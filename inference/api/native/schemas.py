@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from inference.adapters import MAX_VECTOR
-from inference.engine.types import SamplingParams
+from inference.engine.drafting import MAX_DRAFT
+from inference.engine.types import Decoding, SamplingParams, Speculation
 from inference.grammars import grammar_from
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
@@ -41,6 +42,18 @@ class AdapterBody(BaseModel):
     scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] | None = Field(
         None, description="Absent is the adapter's own; 0 is no adapter."
     )
+
+
+class SpeculativeBody(BaseModel):
+    """Bounds on guessed tokens. They change how fast the answer comes, never what it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    n_min: int = Field(0, ge=0, le=MAX_DRAFT, description="Shorter drafts are thrown away.")
+    n_max: int = Field(
+        16, ge=0, le=MAX_DRAFT, description="Guesses of a step at most, up to what the model is served with; 0 is none."
+    )
+    p_min: float = Field(0.0, ge=0, le=1, description="A draft model stops guessing below this probability.")
 
 
 class SamplingBody(BaseModel):
@@ -85,6 +98,9 @@ class SamplingBody(BaseModel):
     post_sampling_probs: bool | None = Field(
         None, description="Probabilities as sampling left them, not as the model gave them."
     )
+    speculative: SpeculativeBody | Literal[False] | None = Field(
+        None, description="Speculative decoding; absent is as the model is served, false is none."
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -95,6 +111,17 @@ class SamplingBody(BaseModel):
     def wanted_adapters(self) -> Wanted | None:
         """None where the request says nothing of adapters."""
         return None if self.adapters is None else tuple((each.name, each.scale) for each in self.adapters)
+
+    def decoding(self) -> Decoding:
+        return Decoding(context_shift=self.context_shift, speculation=self._speculation())
+
+    def _speculation(self) -> Speculation | None:
+        if self.speculative is None:
+            return None
+        if not self.speculative:
+            return Speculation(num_max=0)
+        asked = self.speculative
+        return Speculation(num_min=asked.n_min, num_max=asked.n_max, min_probability=asked.p_min)
 
     def sampling(self) -> SamplingParams:
         """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting.

@@ -30,7 +30,7 @@ from inference.api.native.schemas import (
 from inference.api.parts import Part, Parts, drop
 from inference.api.sse import EventStream, frame
 from inference.api.streaming import open_stream
-from inference.engine.types import Decoding, TokenProbs
+from inference.engine.types import TokenProbs
 from inference.orders import GenerateOrder
 from inference.stream import StreamEvent
 
@@ -44,7 +44,7 @@ def order_from(
         model=body.model,
         max_tokens=settings.CONFIG.default_max_tokens if wanted is None else wanted,
         sampling=body.sampling(),
-        decoding=Decoding(context_shift=body.context_shift),
+        decoding=body.decoding(),
         stop=tuple(body.stop or ()),
         adapters=body.wanted_adapters(),
         stream=stream,

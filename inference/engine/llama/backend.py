@@ -19,7 +19,7 @@ from inference.engine.costs import CostCurve, measure
 from inference.engine.llama import abilities
 from inference.engine.llama.batch import Batch
 from inference.engine.llama.candidates import Candidates
-from inference.engine.llama.library import forward_log, native, token_bytes
+from inference.engine.llama.library import forward_log, native, token_bytes, token_texts
 from inference.engine.llama.loading import (
     check_options,
     checked_file,
@@ -244,6 +244,10 @@ class LlamaBackend:
         if piece is None:
             piece = self._pieces[token] = token_bytes(self._vocab, token)
         return piece
+
+    def token_texts(self) -> list[bytes]:
+        """What each token is written as, control tokens too: what makes a vocabulary."""
+        return token_texts(self._vocab)
 
     def is_end(self, token: int) -> bool:
         return token in self._is_end

@@ -26,6 +26,7 @@ __all__ = [
     "piece",
     "sample",
     "token_bytes",
+    "token_texts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -73,3 +74,8 @@ def token_bytes(vocab: Any, token: int) -> bytes:
         if length >= 0:
             return buffer.raw[:length]
         size = -length
+
+
+def token_texts(vocab: Any) -> list[bytes]:
+    """What each token of a vocabulary is written as."""
+    return [native.llama_vocab_get_text(vocab, token) for token in range(native.llama_vocab_n_tokens(vocab))]

@@ -14,6 +14,7 @@ from accounts.models import LedgerEntry
 from inference import registry
 from inference.api.llamacpp import replies
 from inference.api.llamacpp.schemas import CompletionBody
+from inference.engine.drafting import MAX_DRAFT
 from inference.engine.types import Speculation, TokenProbs
 from inference.models import Receipt
 from tests.in_process import MODEL, N_CTX, N_SLOTS, FakeSpeed, InProcessSite, wait_until
@@ -313,7 +314,7 @@ def test_drafts_are_asked_for_in_three_ways() -> None:
     assert speculation(speculative={"n_max": 4, "p_min": 0.5}) == Speculation(num_max=4, min_probability=0.5)
     dotted = {"speculative.n_min": 2, "speculative.n_max": 8, "speculative.p_min": 0.25}
     assert speculation(**dotted) == Speculation(num_min=2, num_max=8, min_probability=0.25)
-    assert speculation(**{"speculative.n_max": 99999}) == Speculation(num_max=256)
+    assert speculation(**{"speculative.n_max": 99999}) == Speculation(num_max=MAX_DRAFT)
 
 
 def test_every_other_parameter_is_taken(site: InProcessSite) -> None:
