@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from llmsite.demo import MODEL_NAME, demo_model_path
 from tests.conftest import Site, running_site
 from tests.in_process import wait_until
 from tests.llamacpp_calls import complete
 
-DRAFTS = {"draft_kind": "model", "draft_model": MODEL_NAME, "draft_policy": "always", "draft_n_max": 8}
+DRAFTS = {"draft_kind": "model", "draft_model": "smollm2-135m", "draft_policy": "always", "draft_n_max": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "narrow": {"n_ctx": 64, "n_slots": 1, **DRAFTS},
     "drafted": {"n_ctx": 256, "n_slots": 2, **DRAFTS},
@@ -46,15 +46,14 @@ class LlamaSite:
 
 
 @pytest.fixture(scope="session")
-def llama_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaSite]:
+def llama_site(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[LlamaSite]:
     with running_site(tmp_path_factory.mktemp("llama") / "state") as site:
         keys = [site.key, site.other_key, site.demo["operator_key"]]
         clients = [httpx.Client(base_url=site.base_url, headers=site.headers(key), timeout=60) for key in keys]
         found = LlamaSite(site, *clients)
-        for name, options in MODELS.items():
-            body = {"name": name, "path": str(demo_model_path()), **options}
-            answer = found.operator.post("/v1/admin/models", json=body)
-            assert answer.status_code == 201, answer.text
+        bodies = [{"name": name, "path": str(model_path), **options} for name, options in MODELS.items()]
+        answers = list(found.pool.map(lambda body: found.operator.post("/v1/admin/models", json=body), bodies))
+        assert [each.status_code for each in answers] == [201] * len(bodies), [each.text for each in answers]
         for name in MODELS:
             wait_until(lambda name=name: complete(found.alice, "One", model=name, n_predict=1).status_code == 200, 30.0)
         yield found
