@@ -1,4 +1,4 @@
-"""Answers under a grammar, on the real model: valid, the same with drafts and in company, ended where they are complete."""
+"""Answers under a grammar, on the real model: valid, ended where they are complete, and the same with drafts."""
 
 from __future__ import annotations
 
@@ -130,7 +130,8 @@ def test_a_dead_end_ends_the_sequence_alone(run: Run, tokenizer: Tokenizer) -> N
 
 def test_a_slot_that_met_a_dead_end_is_reused_rightly(run: Run, tokenizer: Tokenizer) -> None:
     """What the slot holds afterwards is what its sequence says, to the token."""
-    bias = tuple((token, float("-inf")) for digit in "0123456789" for token in tokenizer.encode(digit, add_special=False))
+    digits = {token for digit in "0123456789" for token in tokenizer.encode(digit, add_special=False)}
+    bias = tuple((token, float("-inf")) for token in digits)
     text = "Once upon a time there was a king who had three daughters"
     run.add("alone", text)
     run.finish()
