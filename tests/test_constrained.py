@@ -90,7 +90,7 @@ def test_the_form_is_part_of_what_the_completion_cache_looks_for(api: Client) ->
 
 def test_probabilities_come_only_where_they_are_asked_for(api: Client) -> None:
     assert "probs" not in api.generate(PROMPT, cache=False).json()
-    reply = api.generate(PROMPT, n_probs=3, max_new_tokens=4)
+    reply = api.generate(PROMPT, n_probs=3, max_new_tokens=4, ignore_eos=True)
     probs = reply.json()["probs"]
     assert len(probs) == 4
     assert set(probs[0]) == {"id", "text", "bytes", "logprob", "top"}
@@ -100,7 +100,9 @@ def test_probabilities_come_only_where_they_are_asked_for(api: Client) -> None:
 
 
 def test_streamed_probabilities_are_those_of_the_streamed_text(api: Client) -> None:
-    deltas = [data for event, data in api.events(PROMPT, n_probs=1, max_new_tokens=6) if event == "delta"]
+    deltas = [
+        data for event, data in api.events(PROMPT, n_probs=1, max_new_tokens=6, ignore_eos=True) if event == "delta"
+    ]
     for delta in deltas:
         assert "".join(each["text"] for each in delta["probs"]) == delta["text"]
     assert sum(len(delta["probs"]) for delta in deltas) == 6

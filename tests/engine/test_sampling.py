@@ -135,6 +135,8 @@ def test_a_seed_is_folded_into_the_native_range_and_never_asks_for_a_random_one(
         {"presence_penalty": math.inf},
         {"min_keep": -1},
         {"mirostat": 3},
+        {"num_probs": -1},
+        {"num_probs": 101},
         {"xtc_probability": 1.5},
         {"dry_allowed_length": -1},
         {"samplers": ("top_k", "magic")},
