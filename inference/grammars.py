@@ -123,9 +123,8 @@ class Verdicts:
         except Refusal as refusal:
             if refusal.code != "tokenizer_failed":
                 raise
-            return (
-                refusal.message if refusal.extra.get("reason") else "it takes too long, or too much memory, to follow"
-            )
+            was_answered = "reason" in refusal.extra
+            return refusal.message if was_answered else "following it takes too long, or too much memory"
         return ""
 
     def _recall(self, key: bytes) -> str | None:

@@ -76,6 +76,15 @@ def test_failures_are_free(error: str | None) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("error", ["grammar_dead_end", "grammar_too_slow"])
+def test_a_stream_that_its_own_grammar_ended_is_paid_for_and_no_other_answer(error: str) -> None:
+    streamed = price(end(FinishReason.ERROR, error=error), stream=True)
+    assert (streamed.status, streamed.charged_tokens, streamed.is_charged) == ("cancelled", 16, True)
+    assert (streamed.finish_reason, streamed.error_code) == ("error", error)
+    assert not price(end(FinishReason.ERROR, error=error)).is_charged
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("why", "status", "reason"),
     [
