@@ -18,6 +18,8 @@ PROBE_SHARE = 0.01
 """Of the time of drafting sequences' steps, so much may go into guesses that do not pay now, but might."""
 MAX_PROBE_SECONDS = 2.0
 """What is saved for probes at most."""
+FIRST_PROBE_SECONDS = 0.1
+"""What a model has for probes when it is new, so that a good proposer is soon known as one."""
 MAX_VECTORS = 256
 """Adapter vectors whose acceptance is remembered."""
 
@@ -47,7 +49,7 @@ class Drafter:
         self._most = most
         self._live: dict[str, _Drafting] = {}
         self._acceptance: dict[AdapterVector, Acceptance] = {}
-        self._probe_seconds = 0.0
+        self._probe_seconds = FIRST_PROBE_SECONDS
 
     def open(self, sequence: Sequence, slot_id: int, num_kept: int) -> None:
         """The sequence sits in this slot, which holds num_kept of its tokens from the one before it."""
