@@ -141,7 +141,13 @@ class HostedModel:
         is not loaded yet is loaded by the first."""
         if self.state in (State.LOADING, State.RETIRING):
             return False
-        return self.state is State.FAILED or self.num_busy < self.served.n_slots
+        return self.state is State.FAILED or self.num_busy < self.served.n_slots + self.num_held_back
+
+    @property
+    def num_held_back(self) -> int:
+        """Requests that wait for a slot of their tenant which is busy: others need not wait for them."""
+        stats = self.stats()
+        return min(stats.num_held_back, self.served.n_slots) if stats else 0
 
     def is_idle(self) -> bool:
         return self.num_busy == 0

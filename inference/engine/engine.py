@@ -83,6 +83,7 @@ class Engine:
         self._turn = Turn()
         self._counters = Counters()
         self._events: list[TokenEvent] = []
+        self._num_held_back = 0
 
     @property
     def _can_reuse(self) -> bool:
@@ -110,6 +111,9 @@ class Engine:
         if min(request.prompt) < 0 or max(request.prompt) >= backend.n_vocab:
             raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {backend.n_vocab}")
         self._check_adapters(request.adapters)
+        slot_id = request.decoding.slot_id
+        if slot_id is not None and not 0 <= slot_id < backend.n_slots:
+            raise EngineError("invalid_request", f"there is no slot {slot_id} of {backend.n_slots}")
         sampling.check(request.sampling, backend.n_vocab)
 
     def _check_adapters(self, adapters: AdapterVector) -> None:
@@ -178,6 +182,7 @@ class Engine:
         """Plan, act, commit. Does nothing when nothing is live. Backend errors other than EngineError are raised."""
         now = self._clock()
         self._end_expired(now)
+        self._num_held_back = len(self._held_back())
         plan = schedule(self._view())
         self._seat(plan.seats)
         if work := self._start(plan, now):
@@ -195,6 +200,7 @@ class Engine:
             num_slots=self._slots.num_slots,
             busy_slots=self._slots.num_busy,
             num_waiting=len(self._waiting),
+            num_held_back=self._num_held_back,
             num_steps=counters.num_steps,
             num_batched_sequences=counters.num_batched_sequences,
             num_decode_steps=counters.num_decode_steps,
@@ -234,6 +240,7 @@ class Engine:
             free_slots=free,
             held={slot_id: len(held.tokens) for slot_id, held in self._slots.held.items()},
             used={slot_id: held.used for slot_id, held in self._slots.held.items()},
+            names=dict(self._slots.names),
             busy={each.slot_id: each.adapters for each in self._running.values() if each.slot_id is not None},
             n_ctx=self._backend.n_ctx,
             num_slots=self._slots.num_slots,
@@ -248,15 +255,33 @@ class Engine:
         )
 
     def _waiting_candidates(self) -> Iterator[Candidate]:
-        """Twice as many as there are slots: some may only wait for what others compute."""
+        """Twice as many as there are slots: some may only wait for what others compute. Those that wait for a busy slot
+        of their own are passed by, and do not count."""
         before = [sequence for sequence in self._running.values() if not sequence.is_decoding]
-        for sequence in islice(self._waiting.values(), 2 * self._slots.num_slots):
+        held_back = self._held_back()
+        eligible = (each for each in self._waiting.values() if each.request_id not in held_back)
+        for sequence in islice(eligible, 2 * self._slots.num_slots):
+            wanted = None if self._waits_for_slot(sequence) else sequence.request.decoding.slot_id
             if sequence.cache_key is None or not sequence.request.cache_prompt or not self._can_reuse:
-                yield sequence.candidate()
+                yield sequence.candidate(number=wanted)
                 continue
             shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
-            yield sequence.candidate(self._prefixes(sequence), shared)
+            yield sequence.candidate(self._prefixes(sequence), shared, wanted)
             before.append(sequence)
+
+    def _held_back(self) -> frozenset[str]:
+        """Waiting requests that only a busy slot can serve, as many as there are slots at most: those beyond that take
+        any slot, else the requests of one tenant for one slot would fill the engine while other slots are idle."""
+        pinned = (each.request_id for each in self._waiting.values() if self._waits_for_slot(each))
+        return frozenset(islice(pinned, self._slots.num_slots))
+
+    def _waits_for_slot(self, sequence: Sequence) -> bool:
+        """It names a slot of its scope that is busy."""
+        number = sequence.request.decoding.slot_id
+        if number is None:
+            return False
+        slot_id = self._slots.find((sequence.request.cache_scope, number))
+        return slot_id is not None and self._slots.owner(slot_id) is not None
 
     def _prefixes(self, sequence: Sequence) -> dict[int, int]:
         """How much of a waiting prompt each slot has computed under its key; its last token is always computed anew."""
@@ -289,10 +314,10 @@ class Engine:
     def _seat(self, seats: Iterable[Seat]) -> None:
         for seat in seats:
             sequence = self._waiting.pop(seat.request_id)
-            self._slots.take(seat.slot_id, seat.request_id)
-            sequence.slot_id = seat.slot_id
-            self._running[seat.request_id] = sequence
             request = sequence.request
+            self._slots.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
+            sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
+            self._running[seat.request_id] = sequence
             if seat.copy_from is not None:
                 self._backend.copy(seat.copy_from, seat.slot_id)
             try:
@@ -310,9 +335,9 @@ class Engine:
         """The plan as work for the backend, by request id and in order of slots; announces who is in a first step."""
         chosen = [self._running[request_id] for request_id in plan.num_tokens if request_id in self._running]
         for sequence in chosen:
-            if sequence.started_at is None and sequence.slot_id is not None:
+            if sequence.started_at is None and sequence.slot_number is not None:
                 sequence.started_at = now
-                self._events.append(Started(sequence.request_id, sequence.slot_id, sequence.cached_tokens))
+                self._events.append(Started(sequence.request_id, sequence.slot_number, sequence.cached_tokens))
         # llama.cpp batches together only sequences that follow each other in rising order of their ids.
         seated = sorted((sequence.slot_id, sequence.request_id) for sequence in chosen if sequence.slot_id is not None)
         drafts = self._drafter.drafts(plan.num_drafted, self._running) if self._drafter and plan.num_drafted else {}

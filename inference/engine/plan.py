@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from inference.engine.costs import CostCurve
 from inference.engine.drafting import Draftable, DraftTerms
+from inference.engine.slots import SlotName
 from inference.engine.types import AdapterVector
 
 
@@ -23,7 +24,8 @@ class Candidate:
     last, -1 if none did. arrived_step: number of the step before which it came.
 
     Of waiting ones also, all under the same cache key, prefixes: how many of its first tokens, never all, a slot has
-    computed; shared: how many it has in common with another request's prompt that is computed now or waits before it.
+    computed; shared: how many it has in common with another request's prompt that is computed now or waits before it;
+    scope: whose it is; number: the slot of that scope which it waits for, None for any.
     """
 
     request_id: str
@@ -34,6 +36,8 @@ class Candidate:
     arrived_step: int = 0
     prefixes: Mapping[int, int] = field(default_factory=dict)
     shared: Mapping[str, int] = field(default_factory=dict)
+    scope: str | None = None
+    number: int | None = None
 
     def after_reuse(self, num_cached: int) -> Candidate:
         """The same once it sits in a slot that has its first num_cached tokens."""
@@ -60,7 +64,8 @@ class ScheduleView:
     """Everything a scheduling decision may look at. Running and waiting are in order of arrival.
 
     step: number of the step to plan. held: tokens that free slots hold; used: the step after which they became free.
-    busy: the vector of each slot that is taken. draftable: decoding sequences that could have guesses, on draft_terms.
+    busy: the vector of each slot that is taken. names: of slots that are taken or hold something, whose they are and
+    what they are called. draftable: decoding sequences that could have guesses, on draft_terms.
     """
 
     running: tuple[Candidate, ...] = ()
@@ -69,6 +74,7 @@ class ScheduleView:
     held: Mapping[int, int] = field(default_factory=dict)
     used: Mapping[int, int] = field(default_factory=dict)
     busy: Mapping[int, AdapterVector] = field(default_factory=dict)
+    names: Mapping[int, SlotName] = field(default_factory=dict)
     num_slots: int = 1
     n_ctx: int = 4096
     max_step_tokens: int = 512
@@ -83,12 +89,16 @@ class ScheduleView:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from."""
+    """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from.
+
+    number: what the request's scope calls the slot from now on.
+    """
 
     request_id: str
     slot_id: int
     num_cached: int = 0
     copy_from: int | None = None
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

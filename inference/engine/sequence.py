@@ -44,6 +44,7 @@ class Sequence:
         "request",
         "seed",
         "slot_id",
+        "slot_number",
         "started_at",
         "submitted_at",
         "text",
@@ -64,6 +65,7 @@ class Sequence:
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.slot_id: int | None = None
+        self.slot_number: int | None = None  # what its scope calls the slot
         self.tokens = list(request.prompt)
         self.num_computed = 0
         self.num_completion = 0
@@ -138,9 +140,12 @@ class Sequence:
         return min(number, other.num_computed, other.num_exact)
 
     def candidate(
-        self, prefixes: Mapping[int, int] | None = None, shared: Mapping[str, int] | None = None
+        self,
+        prefixes: Mapping[int, int] | None = None,
+        shared: Mapping[str, int] | None = None,
+        number: int | None = None,
     ) -> Candidate:
-        """How the scheduler sees this sequence."""
+        """How the scheduler sees this sequence. number: the slot of its scope that it waits for."""
         return Candidate(
             self.request.request_id,
             len(self.tokens) - self.num_computed,
@@ -150,6 +155,8 @@ class Sequence:
             self.arrived_step,
             prefixes or {},
             shared or {},
+            self.request.cache_scope,
+            number,
         )
 
     def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:
@@ -195,6 +202,6 @@ class Sequence:
             batch_sequences=self._batch_sequences,
             decode_steps=self._decode_steps,
             decode_batch_sequences=self._decode_batch_sequences,
-            slot_id=self.slot_id,
+            slot_id=self.slot_number,
             seed=self.seed,
         )

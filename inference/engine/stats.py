@@ -14,11 +14,11 @@ from inference.engine.costs import CostCurve
 class EngineStats:
     """A snapshot. Totals only rise; last_step_at is monotonic seconds, None before the first step.
 
-    num_batched_sequences sums the sequences of every executed plan, num_decode_sequences those that were generating,
-    over the num_decode_steps plans that had any. prompt_tokens_total: those computed, without the
-    cached ones. num_switches: steps with another adapter vector than the
-    one before; num_adapters: those loaded now. num_drafts were verified, of drafted_tokens_total tokens, of which
-    accepted_tokens_total were right; accepted_per_position: of each position in a draft. draft_length: guesses a
+    num_held_back: of the waiting, those that a busy slot alone can serve. num_batched_sequences sums the sequences of
+    every executed plan, num_decode_sequences those that were generating, over the num_decode_steps plans that had
+    any. prompt_tokens_total: those computed, without the cached ones. num_switches: steps with another adapter vector
+    than the one before; num_adapters: those loaded now. num_drafts were verified, of drafted_tokens_total tokens, of
+    which accepted_tokens_total were right; accepted_per_position: of each position in a draft. draft_length: guesses a
     generating sequence that the latest step verified. A step's seconds are shared out by its prompt and generated
     tokens.
     """
@@ -26,6 +26,7 @@ class EngineStats:
     num_slots: int
     busy_slots: int
     num_waiting: int
+    num_held_back: int
     num_steps: int
     num_batched_sequences: int
     num_decode_steps: int
