@@ -146,7 +146,7 @@ class TextPrompt(BaseModel):
     model_config = STRICT
 
     prompt_string: Text
-    multimodal_data: Annotated[list[str], Field(max_length=0)] | None = Field(None, description="No media is taken.")
+    multimodal_data: Annotated[list[Text], Field(max_length=0)] | None = Field(None, description="No media is taken.")
 
 
 Prompts = Annotated[list[Text | Pieces | TextPrompt], Field(max_length=MAX_PROMPTS)]
