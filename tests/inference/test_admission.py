@@ -76,6 +76,12 @@ def test_an_order_becomes_a_ticket_in_the_queue_and_rings_once(alice: Any, bell:
     assert sent.created_at < sent.queue_deadline_at <= sent.deadline_at
 
 
+def test_a_shared_prompt_is_reserved_by_its_payer_alone(alice: Any) -> None:
+    sent = admitted(principal_of(alice), shares_prompt=True, cache_prompt=False).ticket
+    assert (sent.num_prompt_tokens, sent.reserved_tokens, sent.entered_tokens) == (10, 16, 16)
+    assert sent.prefix_cache, "what its payer has computed is not computed again"
+
+
 def test_the_reservation_outlives_the_deadline(alice: Any) -> None:
     sent = admitted(principal_of(alice)).ticket
     assert Reservation.objects.get().expires_at.timestamp() > sent.deadline_at + 30

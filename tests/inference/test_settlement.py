@@ -62,6 +62,13 @@ def test_what_was_cut_off_costs_what_was_computed(reason: FinishReason) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("reason", [FinishReason.EOS, FinishReason.CANCELLED])
+def test_an_answer_to_a_prompt_that_another_pays_for_costs_its_output(reason: FinishReason) -> None:
+    outcome = price(end(reason), shares_prompt=True)
+    assert (outcome.prompt_tokens, outcome.charged_tokens, outcome.is_charged) == (10, 6, True)
+
+
+@pytest.mark.unit
 def test_what_was_cut_off_before_its_first_step_is_free() -> None:
     outcome = price(end(FinishReason.CANCELLED, num_steps=0, completion=0))
     assert (outcome.charged_tokens, outcome.is_charged) == (0, False)

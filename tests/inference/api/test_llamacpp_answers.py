@@ -130,6 +130,12 @@ def test_without_a_seed_each_completion_draws_its_own(site: InProcessSite) -> No
     assert len({each["generation_settings"]["seed"] for each in results}) == 4
 
 
+def test_completions_of_no_tokens_cost_the_prompt(site: InProcessSite) -> None:
+    results = complete(site.client(site.cast.alice), n=2, n_predict=0).json()
+    assert [each["tokens_predicted"] for each in results] == [0, 0]
+    assert site.charged(site.cast.alice) == (4, 0)
+
+
 # Streams of several answers
 
 
