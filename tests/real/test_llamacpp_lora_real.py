@@ -15,7 +15,7 @@ import pytest
 from tests.llamacpp_calls import complete, error_of, stream
 from tests.real.conftest import LlamaSite
 
-pytestmark = [pytest.mark.model, pytest.mark.integration, pytest.mark.xdist_group("llama_site")]
+pytestmark = [pytest.mark.model, pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("llama_site")]
 
 GLASS = "Look in thy glass"
 STAGE = re.compile(r"\[|\b(enter|exit|exeunt|scene|act|sir|lord|king|servant|thou|thee|thy)\b", re.IGNORECASE)

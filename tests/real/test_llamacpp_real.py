@@ -10,7 +10,7 @@ import pytest
 from tests.llamacpp_calls import complete, error_of, stream
 from tests.real.conftest import LlamaSite
 
-pytestmark = [pytest.mark.model, pytest.mark.integration, pytest.mark.xdist_group("llama_site")]
+pytestmark = [pytest.mark.model, pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("llama_site")]
 
 SEA = "The sea was calm, and"
 
