@@ -29,6 +29,7 @@ from inference.engine.llama.loading import (
     trained_context,
     usable_cpus,
 )
+from inference.engine.llama.prefixes import Prefixes
 from inference.engine.llama.samplers import SlotSampler
 from inference.engine.lora_file import write_padded
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
@@ -65,6 +66,7 @@ class LlamaBackend:
         self._pieces: dict[int, bytes] = {}
         self._samplers: dict[int, SlotSampler] = {}
         self._candidates = Candidates(self.n_vocab)
+        self._prefixes = Prefixes([self.piece(token) for token in range(self.n_vocab)], self._end_tokens)
         self._adapters: dict[str, Any] = {}
         self._attached: AdapterVector = ()
         self.adapters: frozenset[str] = frozenset()
@@ -135,6 +137,7 @@ class LlamaBackend:
             n_ctx=self.n_ctx,
             end_tokens=self._end_tokens,
             candidates=self._candidates,
+            prefixes=self._prefixes,
             piece=self.piece,
         )
 

@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from inference.engine.llama.library import apply, apply_slowly, logits_address, native
+from inference.engine.llama.prefixes import Prefixes, Tokens
 
 Rows = npt.NDArray[np.void]
+MANY = 2_000
+"""To ask a grammar about so many tokens takes some tenths of a millisecond: other threads may go on meanwhile."""
 RECORD = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama_token_data."""
 
@@ -42,9 +45,7 @@ class Candidates:
 
     def fill(self, context: Any, row: int) -> None:
         """The whole vocabulary, as the model leaves it."""
-        self._buffer["id"] = self._ids
-        self._buffer["logit"] = self.logits(context, row)
-        self._reset(self._n_vocab)
+        self._write(self._ids, self.logits(context, row))
 
     def _reset(self, size: int) -> None:
         self._array.data = ctypes.cast(self._buffer.ctypes.data, native.llama_token_data_p)
@@ -58,20 +59,25 @@ class Candidates:
             return None
         return int(self._array.data[chosen].id)
 
-    def keep_allowed(self, grammar: Any) -> npt.NDArray[np.int32]:
-        """Drop what the grammar does not allow now; return the ids that are left. Milliseconds: the GIL is let go."""
-        apply_slowly(grammar, self._pointer)
-        return self._keep(self._buffer["logit"] != -math.inf)
+    def fill_with(self, context: Any, row: int, tokens: Tokens) -> None:
+        """These tokens alone, as the model leaves them."""
+        self._write(tokens, self.logits(context, row)[tokens])
 
-    def drop(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Leave these out, too; return the ids that are left."""
-        return self._keep(~np.isin(self._buffer["id"][: self._array.size], tokens))
+    def allowed(self, grammar: Any, prefixes: Prefixes | None) -> Tokens:
+        """The tokens that the grammar allows now; None: ask it about every single one."""
 
-    def _keep(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-        kept = self._buffer[: self._array.size][mask]
-        self._buffer[: len(kept)] = kept
-        self._reset(len(kept))
-        return kept["id"]
+        def ask(tokens: Tokens) -> npt.NDArray[np.bool_]:
+            self._write(tokens, 1.0)
+            (apply if len(tokens) < MANY else apply_slowly)(grammar, self._pointer)
+            verdict: npt.NDArray[np.bool_] = self._buffer["logit"][: len(tokens)] != -math.inf
+            return verdict
+
+        return self._ids[ask(self._ids)] if prefixes is None else prefixes.allowed(ask)
+
+    def _write(self, tokens: Tokens, logits: npt.NDArray[np.float32] | float) -> None:
+        self._buffer["id"][: len(tokens)] = tokens
+        self._buffer["logit"][: len(tokens)] = logits
+        self._reset(len(tokens))
 
     def choose_best(self) -> int:
         """The most probable of those that are left, with certainty."""

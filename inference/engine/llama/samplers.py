@@ -20,6 +20,7 @@ from inference.engine import sampling
 from inference.engine.backend import Chosen
 from inference.engine.llama.candidates import Candidates, log_softmax, most_probable
 from inference.engine.llama.library import accept, native, sample
+from inference.engine.llama.prefixes import Prefixes
 from inference.engine.sampling import SamplerStep
 from inference.engine.types import EngineError, SamplingParams, TokenProbs
 
@@ -45,9 +46,11 @@ class SlotSampler:
         n_ctx: int,
         end_tokens: tuple[int, ...],
         candidates: Candidates,
+        prefixes: Prefixes,
         piece: Callable[[int], bytes],
     ) -> None:
         """The chain has then seen the prompt; the grammar begins with the answer. candidates: shared by all slots.
+        prefixes: of the whole vocabulary.
 
         Raises EngineError "invalid_sampling" or "invalid_grammar".
         """
@@ -61,11 +64,14 @@ class SlotSampler:
         self._is_greedy = steps[-1].name == "greedy"
         self._chain = _chain(vocab, steps)
         self._grammar = None
+        self._prefixes: Prefixes | None = None
         if params.grammar is not None:
             self._grammar = native.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
             if not self._grammar:
                 self.free()
                 raise EngineError("invalid_grammar", "llama.cpp refused the grammar")
+            if "<" not in params.grammar:  # else it may name tokens that have no text
+                self._prefixes = prefixes
         if window := sampling.memory_tokens(steps):
             for token in prompt[-window:]:
                 accept(self._chain, token)
@@ -111,18 +117,24 @@ class SlotSampler:
         candidates = self._candidates
         candidates.fill(context, row)
         token = candidates.choose(self._chain)
-        if self._grammar is None or (token is not None and candidates.allows(self._grammar, token)):
+        if self._grammar is None or (token is not None and self._allows(token)):
             return token
-        candidates.fill(context, row)
-        allowed = candidates.keep_allowed(self._grammar)
+        allowed = candidates.allowed(self._grammar, self._prefixes)
         if not len(allowed):
             return None
         if np.isin(allowed, self._end_tokens).all():
             # The answer is complete and cannot go on: it ends, even where ignore_eos or a bias forbids it.
+            candidates.fill_with(context, row, allowed)
             return candidates.choose_best()
-        if len(self._banned) and not len(candidates.drop(self._banned)):
-            return None
-        return candidates.choose(self._chain)
+        # Only what may be chosen: samplers make nonsense of candidates without a probability.
+        free = allowed[~np.isin(allowed, self._banned)]
+        candidates.fill_with(context, row, free)
+        return candidates.choose(self._chain) if len(free) else None
+
+    def _allows(self, token: int) -> bool:
+        """llama.cpp takes a control token for its name, so a grammar of texts would let it through, and it has none."""
+        is_silent = self._prefixes is not None and not self._piece(token) and token not in self._end_tokens
+        return not is_silent and self._candidates.allows(self._grammar, token)
 
     def _accept(self, token: int) -> None:
         if self._grammar is not None:
