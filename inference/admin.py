@@ -27,7 +27,7 @@ from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 from accounts import console
 from accounts.admin import ReadOnlyAdmin
 from inference import adapters, queue, registry
-from inference.inspection import RegistrationError, check_draft
+from inference.inspection import RegistrationError
 from inference.models import Adapter, AdapterGrant, DefaultVector, Receipt, ServedModel
 
 if TYPE_CHECKING:  # Django's own classes take no type arguments at run time
@@ -168,16 +168,15 @@ class ServedModelForm(ServedModelFormBase):
         cleaned = super().clean()
         if not self.errors and "path" in self.fields and self._is_due():
             self._inspect(self.cleaned_data["path"])
-        if not self.errors and self.cleaned_data.get("draft_kind") == ServedModel.DraftKind.MODEL:
-            self._check_draft(self.cleaned_data.get("draft_model"))
+        if not self.errors:
+            self._check_draft()
         return cleaned
 
-    def _check_draft(self, draft: ServedModel | None) -> None:
-        if draft is not None:  # that there must be one says the model
-            try:
-                check_draft(self.instance.digest, draft.name, draft.digest)
-            except RegistrationError as error:
-                self.add_error("draft_model", error.message)
+    def _check_draft(self) -> None:
+        try:
+            registry.check_draft_model(self.instance.name, self.instance.digest, self.cleaned_data)
+        except RegistrationError as error:
+            self.add_error("draft_model", error.message)
 
     def _is_due(self) -> bool:
         return not self.instance.digest or "path" in self.changed_data or bool(self.cleaned_data.get("inspect_again"))

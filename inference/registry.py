@@ -356,12 +356,17 @@ def _named(name: str) -> ServedModel:
 
 
 def check_draft_model(name: str, digest: str, options: Mapping[str, Any]) -> None:
-    """See that the model that will guess for this one has its vocabulary. Raises RegistrationError."""
+    """See that a model, who guesses for it and those that it guesses for have one vocabulary. Raises RegistrationError.
+
+    options: those of draft_kind and draft_model that change.
+    """
     row = ServedModel.objects.filter(name=name).select_related("draft_model").first()
     kind = options.get("draft_kind", row.draft_kind if row else ServedModel.DraftKind.NONE)
     draft: ServedModel | None = options.get("draft_model", row.draft_model if row else None)
     if kind == ServedModel.DraftKind.MODEL and draft is not None:
         check_draft(digest, draft.name, draft.digest)
+    for target in ServedModel.objects.filter(draft_model__name=name, draft_kind=ServedModel.DraftKind.MODEL):
+        check_draft(target.digest, name, digest)
 
 
 def _new(name: str, inspected: Inspected) -> ServedModel:
