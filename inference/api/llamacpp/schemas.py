@@ -16,6 +16,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     RootModel,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -313,6 +314,16 @@ class CompletionBody(SamplingBody):
         description="A text, token ids, texts and token ids in one array; or an array of such prompts."
     )
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _check_kind(cls, value: Any) -> Any:
+        """One sentence instead of one for each kind that it could have been."""
+        if not (_is_prompt(value) or (isinstance(value, list) and all(map(_is_prompt, value)))):
+            raise PydanticCustomError(
+                "prompt_kind", "Value must be a text, an array of token ids and texts, or an array of such prompts"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check_number(self) -> Self:
         prompts = self.prompts()
@@ -335,6 +346,13 @@ class CompletionBody(SamplingBody):
         if len(nested) < len(self.prompt):
             return [tuple(each for each in self.prompt if isinstance(each, int | str))]
         return [_piece(each) for each in nested]
+
+
+def _is_prompt(value: Any) -> bool:
+    """By its JSON types alone."""
+    if isinstance(value, list):
+        return {type(each) for each in value} <= {int, str}
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("prompt_string"), str))
 
 
 def _piece(prompt: str | TextPrompt | list[int | str]) -> Piece:
@@ -432,6 +450,21 @@ class CompletionReply(BaseModel):
     stop_type: Literal["none", "eos", "limit", "word"]
     stopping_word: str
     timings: dict[str, float]
+    completion_probabilities: list[dict[str, Any]] | None = Field(None, description="With n_probs.")
+
+
+class CompletionEvent(BaseModel):
+    """One event of a stream, but for the last of each index, which is a CompletionReply without content."""
+
+    index: int
+    content: str
+    tokens: list[int]
+    stop: Literal[False]
+    id_slot: int
+    tokens_predicted: int
+    tokens_evaluated: int
+    timings: dict[str, float] | None = Field(None, description="With timings_per_token.")
+    prompt_progress: dict[str, int] | None = Field(None, description="With return_progress.")
     completion_probabilities: list[dict[str, Any]] | None = Field(None, description="With n_probs.")
 
 

@@ -25,7 +25,14 @@ from inference.api.generation import ALL_OR_NOTHING, GenerationView, answer_head
 from inference.api.llamacpp import replies
 from inference.api.llamacpp.frames import LlamaFrames
 from inference.api.llamacpp.prompts import infill, texts_of, tokens_of
-from inference.api.llamacpp.schemas import CompletionBody, CompletionReply, InfillBody, LlamaErrorReply, SamplingBody
+from inference.api.llamacpp.schemas import (
+    CompletionBody,
+    CompletionEvent,
+    CompletionReply,
+    InfillBody,
+    LlamaErrorReply,
+    SamplingBody,
+)
 from inference.api.part_streams import open_part_stream
 from inference.api.parts import Parts, completions, drop
 from inference.api.sse import EventStream
@@ -34,6 +41,7 @@ from inference.orders import GenerateOrder
 from inference.registry import Served
 
 Prompt = tuple[int, ...]
+EVENTS = (200, "text/event-stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +173,7 @@ class CompletionView(SamplingView):
         summary="llama.cpp's completion",
         request=CompletionBody,
         parameters=[ALL_OR_NOTHING],
-        responses={200: CompletionReply, 402: LlamaErrorReply, 504: LlamaErrorReply},
+        responses={200: CompletionReply, EVENTS: CompletionEvent, 402: LlamaErrorReply, 504: LlamaErrorReply},
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(CompletionBody)
@@ -188,7 +196,13 @@ class InfillView(SamplingView):
         summary="Fill in the middle",
         request=InfillBody,
         parameters=[ALL_OR_NOTHING],
-        responses={200: CompletionReply, 402: LlamaErrorReply, 501: LlamaErrorReply, 504: LlamaErrorReply},
+        responses={
+            200: CompletionReply,
+            EVENTS: CompletionEvent,
+            402: LlamaErrorReply,
+            501: LlamaErrorReply,
+            504: LlamaErrorReply,
+        },
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(InfillBody)

@@ -76,7 +76,9 @@ def test_an_array_of_one_prompt_is_answered_as_that_prompt(site: InProcessSite) 
 )
 def test_prompts_that_are_none_or_too_many_are_refused(site: InProcessSite, fields: dict[str, Any]) -> None:
     alice = site.client(site.cast.alice)
-    assert error_of(alice.post("/completion", json=fields), 400)["type"] == "invalid_request_error"
+    error = error_of(alice.post("/completion", json=fields), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(("Field 'prompt", "Field 'body'"))
 
 
 # Several completions of one prompt
