@@ -166,8 +166,15 @@ class ServedModelForm(ServedModelFormBase):
             "n_threads": "Threads",
             "n_gpu_layers": "Layers on the GPU",
             "kv_type": "Type of the key-value cache",
+            "context_shift": "Shift full contexts",
             "load_mode": "Load it",
             "keep_alive_seconds": "Unload after idle seconds",
+            "draft_kind": "Who guesses tokens",
+            "draft_model": "Model that guesses",
+            "draft_n_min": "Shortest draft",
+            "draft_n_max": "Longest draft",
+            "draft_p_min": "Least probability of a guess",
+            "draft_policy": "Draft",
             "pool": "Pool of workers",
         }
         help_texts = {
@@ -187,6 +194,8 @@ class ServedModelForm(ServedModelFormBase):
             self._inspect(self.cleaned_data["path"])
         if not self.errors and "chat_template" in self.changed_data:
             self._try_template(self.cleaned_data["chat_template"])
+        if not self.errors:
+            self._check_draft()
         return cleaned
 
     def _try_template(self, source: str) -> None:
@@ -194,6 +203,12 @@ class ServedModelForm(ServedModelFormBase):
             self.instance.chat_facts = registry.check_template(source)
         except RegistrationError as error:
             self.add_error("chat_template", error.message)
+
+    def _check_draft(self) -> None:
+        try:
+            registry.check_draft_model(self.instance.name, self.instance.digest, self.cleaned_data)
+        except RegistrationError as error:
+            self.add_error("draft_model", error.message)
 
     def _is_due(self) -> bool:
         return not self.instance.digest or "path" in self.changed_data or bool(self.cleaned_data.get("inspect_again"))
@@ -228,7 +243,8 @@ class ServedModelAdmin(ModelAdmin):
     list_filter = ("load_mode", "visibility", "pool")
     list_filter_submit = True
     search_fields = ("name",)
-    autocomplete_fields = ("granted_tenants",)
+    list_select_related = ("draft_model",)
+    autocomplete_fields = ("granted_tenants", "draft_model")
     readonly_fields = (
         "is_default",
         "worker_state",
@@ -253,17 +269,28 @@ class ServedModelAdmin(ModelAdmin):
                 "fields": (
                     ("n_ctx", "n_slots"),
                     ("n_threads", "n_gpu_layers"),
-                    ("kv_type", "pool"),
+                    ("kv_type", "context_shift"),
+                    "pool",
                     ("load_mode", "keep_alive_seconds"),
                 )
             },
         ),
         ("Conversations", {"fields": ("conversations", "chat_template", "template_of_file")}),
+        (
+            "Drafts",
+            {
+                "fields": (
+                    ("draft_kind", "draft_model"),
+                    ("draft_n_min", "draft_n_max"),
+                    ("draft_p_min", "draft_policy"),
+                )
+            },
+        ),
         ("The file", {"fields": ("digest", "size", "facts", ("created_at", "updated_at"))}),
     )
     fields_for_registration = (
         (None, {"fields": ("name", "path", "aliases", "notes")}),
-        *fieldsets[2:4],
+        *fieldsets[2:5],
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: ServedModel | None = None) -> Any:
@@ -403,8 +430,7 @@ class ServedModelAdmin(ModelAdmin):
 
 
 def _estimate(row: ServedModel) -> registry.MemoryEstimate:
-    file = row.active_variant or row
-    return registry.estimate_memory(file.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    return registry.memory_of(row)
 
 
 def _chat_facts(facts: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from enum import StrEnum
 from typing import Any
 
@@ -18,9 +19,12 @@ from inference import adapters
 from inference.adapter_shelf import AdapterShelf
 from inference.adapters import AdapterFile
 from inference.engine.backend import Backend
+from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.runner import EngineRunner
+from inference.engine.speculative import PromptLookup, Proposer
 from inference.engine.stats import EngineStats
 from inference.engine.types import EngineError, EventSink, GenerationRequest
+from inference.models import ServedModel
 from inference.registry import Served
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,8 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
 """A model that failed to load, or whose engine crashed, is tried again after this."""
 UNAVAILABLE = "llm_unavailable"
+MAX_STEP_DRAFT = 256
+"""Guesses that one step verifies at most; each needs a row of scores over the whole vocabulary."""
 
 LoadBackend = Callable[[Served], Backend]
 ReadAdapters = Callable[[Served], Sequence[AdapterFile]]
@@ -50,6 +56,7 @@ def load_backend(served: Served) -> Backend:
         return FakeBackend(served.n_slots, served.n_ctx, supports_adapters=True)
     from inference.engine.llama import LlamaBackend
 
+    drafts = served.draft_kind != ServedModel.DraftKind.NONE
     return LlamaBackend.load(
         served.path,
         n_ctx=served.n_ctx,
@@ -58,7 +65,33 @@ def load_backend(served: Served) -> Backend:
         n_gpu_layers=served.n_gpu_layers,
         kv_type=served.kv_type,
         flash_attention=served.flash_attention,
+        max_draft_tokens=min(served.n_slots * served.draft_n_max, MAX_STEP_DRAFT) if drafts else 0,
         progress=_progress(served.name),
+    )
+
+
+def load_proposer(served: Served, backend: Backend) -> Proposer | None:
+    """Who guesses tokens for a loaded model. The fake engine looks tokens up at most. Raises EngineError."""
+    if served.draft_kind == ServedModel.DraftKind.NONE:
+        return None
+    if not backend.abilities.trim:
+        logger.warning("%s is served without drafts: %s", served.name, backend.abilities.reasons.get("trim", ""))
+        return None
+    if served.draft_path is None or settings.CONFIG.engine == "fake":
+        return PromptLookup()
+    from inference.engine.llama import DraftModel, LlamaBackend
+
+    if not isinstance(backend, LlamaBackend):
+        raise TypeError(f"a draft model guesses for llama.cpp, not for {type(backend).__name__}")
+    return DraftModel.load(served.draft_path, backend, n_threads=served.n_threads, n_gpu_layers=served.n_gpu_layers)
+
+
+def draft_settings(served: Served) -> DraftSettings:
+    return DraftSettings(
+        num_min=served.draft_n_min,
+        num_max=served.draft_n_max,
+        min_probability=served.draft_p_min,
+        policy=DraftPolicy(served.draft_policy),
     )
 
 
@@ -77,7 +110,8 @@ def _progress(name: str) -> Callable[[float], None]:
 def fingerprint(served: Served) -> tuple[Any, ...]:
     """What cannot change while a model is loaded."""
     options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
-    return (served.digest, str(served.path), served.flash_attention, *options)
+    drafts = (served.draft_kind, str(served.draft_path), served.draft_digest, *astuple(draft_settings(served)))
+    return (served.digest, str(served.path), served.flash_attention, *options, *drafts)
 
 
 class HostedModel:
@@ -108,7 +142,13 @@ class HostedModel:
         is not loaded yet is loaded by the first."""
         if self.state in (State.LOADING, State.RETIRING):
             return False
-        return self.state is State.FAILED or self.num_busy < self.served.n_slots
+        return self.state is State.FAILED or self.num_busy < self.served.n_slots + self.num_held_back
+
+    @property
+    def num_held_back(self) -> int:
+        """Requests that wait for a slot of their tenant which is busy: others need not wait for them."""
+        stats = self.stats()
+        return min(stats.num_held_back, self.served.n_slots) if stats else 0
 
     def is_idle(self) -> bool:
         return self.num_busy == 0
@@ -142,14 +182,30 @@ class HostedModel:
             started = time.monotonic()
             logger.info("loading %s from %s", self.served.name, self.served.path)
             try:
-                runner = EngineRunner(self._load(self.served), sink=self._sink, on_crash=self._crashed)
+                runner = self._start()
             except Exception as error:
                 self._fail(f"{self.served.name} could not be loaded: {error}")
                 raise EngineError(UNAVAILABLE, self.error) from error
-            runner.start()
             self._runner, self.state, self.error = runner, State.READY, ""
             logger.info("%s is loaded after %.1f s", self.served.name, time.monotonic() - started)
             return runner
+
+    def _start(self) -> EngineRunner:
+        backend = self._load(self.served)
+        try:
+            proposer = load_proposer(self.served, backend)
+        except BaseException:
+            backend.free()
+            raise
+        runner = EngineRunner(
+            backend,
+            sink=self._sink,
+            on_crash=self._crashed,
+            proposer=proposer,
+            draft_settings=draft_settings(self.served),
+        )
+        runner.start()
+        return runner
 
     def may_retry(self) -> bool:
         return self.failed_at is None or time.monotonic() - self.failed_at >= RETRY_SECONDS

@@ -20,7 +20,7 @@ class GenerateOrder:
     model: str | None = None
     """None is the default model."""
     max_tokens: int | None = None
-    """None: as many as the context and the plan allow."""
+    """None: as many as the context and the plan allow. 0: the prompt alone is computed, and held for those to come."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decoding: Decoding = field(default_factory=Decoding)
     stop: tuple[str, ...] = ()
@@ -37,3 +37,5 @@ class GenerateOrder:
     """Refuse rather than shorten the answer to what is left of the quota."""
     is_batch: bool = False
     """Part of a batch: a label of the metrics."""
+    shares_prompt: bool = False
+    """One of several answers to a prompt that another order of the same request pays for."""

@@ -362,7 +362,7 @@ class WorkerHost:
 
     def _watch(self, num_waiting: int) -> None:
         """Slots are free while tickets wait: a doorbell was lost, or Celery's consumer has stopped."""
-        free = self.num_slots - len(self._live)
+        free = self.num_slots + sum(model.num_held_back for model in self._all_models()) - len(self._live)
         if num_waiting == 0 or free <= 0 or self._stopping.is_set():
             self._free_and_waiting_since = None
             return

@@ -28,6 +28,7 @@ urlpatterns = [
     # health and metrics
     path("healthz", health.HealthView.as_view(), name="healthz"),
     path("health", health.HealthView.as_view()),
+    path("v1/health", health.HealthView.as_view()),
     path("v1/healthz", health.HealthView.as_view()),
     path("readyz", health.ReadyView.as_view(), name="readyz"),
     path("v1/readyz", health.ReadyView.as_view()),
@@ -44,6 +45,7 @@ urlpatterns = [
     # llama.cpp
     path("completion", llama.CompletionView.as_view(), name="completion"),
     path("completions", llama.CompletionsView.as_view()),
+    path("infill", llama.InfillView.as_view(), name="infill"),
     path("tokenize", llama_models.TokenizeView.as_view(), name="tokenize"),
     path("apply-template", llama_templates.ApplyTemplateView.as_view(), name="apply-template"),
     path("detokenize", llama_models.DetokenizeView.as_view(), name="detokenize"),

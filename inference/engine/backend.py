@@ -76,6 +76,11 @@ class Backend(Protocol):
     def n_vocab(self) -> int: ...
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether the vocabulary puts a token before every text."""
+        ...
+
+    @property
     def max_step_tokens(self) -> int:
         """Tokens of all slots together that one step can compute."""
         ...

@@ -16,11 +16,14 @@ from pathlib import Path
 
 from inference.engine import sampling
 from inference.engine.backend import Backend, Chosen, SlotWork
+from inference.engine.drafter import Drafter
+from inference.engine.drafting import DraftSettings, DraftTerms
 from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
 from inference.engine.prefix import common_prefix
 from inference.engine.scheduler import schedule
 from inference.engine.sequence import Sequence
 from inference.engine.slots import SlotTable
+from inference.engine.speculative import Proposer
 from inference.engine.stats import Counters, EngineStats
 from inference.engine.types import (
     AdapterVector,
@@ -37,6 +40,7 @@ from inference.engine.types import (
 STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
+NO_DRAFTS = DraftTerms()
 
 DRIFT_WEIGHT = 0.2
 """How much the latest step counts for how far reality is from the measured cost curve."""
@@ -49,7 +53,8 @@ def draw_seed() -> int:
 class Engine:
     """The live sequences of one backend, in order of arrival.
 
-    clock: monotonic seconds. draw_seed: seeds for requests that bring none.
+    clock: monotonic seconds. draw_seed: seeds for requests that bring none. proposer: who guesses tokens, on the terms
+    of draft_settings; None is nobody. It is freed with the backend.
     """
 
     def __init__(
@@ -59,8 +64,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         draw_seed: Callable[[], int] = draw_seed,
         step_seconds: float = STEP_SECONDS,
+        proposer: Proposer | None = None,
+        draft_settings: DraftSettings | None = None,
     ) -> None:
         self._backend = backend
+        self._drafter: Drafter | None = None
+        if proposer is not None:
+            most = backend.max_draft_tokens if backend.abilities.trim else 0
+            self._drafter = Drafter(proposer, draft_settings or DraftSettings(), n_ctx=backend.n_ctx, most=most)
         self._clock = clock
         self._draw_seed = draw_seed
         self._step_seconds = step_seconds
@@ -72,6 +83,7 @@ class Engine:
         self._turn = Turn()
         self._counters = Counters()
         self._events: list[TokenEvent] = []
+        self._num_held_back = 0
 
     @property
     def _can_reuse(self) -> bool:
@@ -88,8 +100,8 @@ class Engine:
         "adapter_not_loaded".
         """
         backend = self._backend
-        if not request.prompt or request.max_tokens < 1:
-            raise EngineError("invalid_request", "a request needs a prompt token and max_tokens of at least 1")
+        if not request.prompt or request.max_tokens < 0:
+            raise EngineError("invalid_request", "a request needs a prompt token and max_tokens of at least 0")
         if len(request.prompt) >= backend.n_ctx:
             raise EngineError(
                 "prompt_too_long",
@@ -99,6 +111,9 @@ class Engine:
         if min(request.prompt) < 0 or max(request.prompt) >= backend.n_vocab:
             raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {backend.n_vocab}")
         self._check_adapters(request.adapters)
+        slot_id = request.decoding.slot_id
+        if slot_id is not None and not 0 <= slot_id < backend.n_slots:
+            raise EngineError("invalid_request", f"there is no slot {slot_id} of {backend.n_slots}")
         sampling.check(request.sampling, backend.n_vocab)
 
     def _check_adapters(self, adapters: AdapterVector) -> None:
@@ -132,6 +147,8 @@ class Engine:
         now = self._clock()
         for sequence in (*self._running.values(), *self._waiting.values()):
             self._events.append(Finished(sequence.request_id, FinishReason.ERROR, sequence.receipt(now), error=error))
+            if self._drafter:
+                self._drafter.close(sequence.request_id)
         self._running.clear()
         self._waiting.clear()
         self._slots = SlotTable(self._backend.n_slots)
@@ -165,12 +182,16 @@ class Engine:
         """Plan, act, commit. Does nothing when nothing is live. Backend errors other than EngineError are raised."""
         now = self._clock()
         self._end_expired(now)
+        self._num_held_back = len(self._held_back())
         plan = schedule(self._view())
         self._seat(plan.seats)
         if work := self._start(plan, now):
+            executed = self._clock() if plan.num_drafted else now
             outputs = self._backend.execute(list(work.values()), plan.adapters)
             self._take_turn(plan.adapters, self._clock() - now)
-            self._commit(work, outputs, started=now)
+            self._commit(work, outputs, started=now, executed=executed)
+            if self._drafter:
+                self._drafter.spend(self._clock() - now, plan.probe_seconds)
 
     def stats(self) -> EngineStats:
         """A snapshot; any thread may call it."""
@@ -179,6 +200,7 @@ class Engine:
             num_slots=self._slots.num_slots,
             busy_slots=self._slots.num_busy,
             num_waiting=len(self._waiting),
+            num_held_back=self._num_held_back,
             num_steps=counters.num_steps,
             num_batched_sequences=counters.num_batched_sequences,
             num_decode_steps=counters.num_decode_steps,
@@ -192,9 +214,16 @@ class Engine:
             num_switches=counters.num_switches,
             num_adapters=len(self._backend.adapters),
             cost_curve=self._backend.cost,
+            num_drafts=counters.num_drafts,
+            drafted_tokens_total=counters.drafted_tokens_total,
+            accepted_tokens_total=counters.accepted_tokens_total,
+            accepted_per_position=tuple(counters.accepted_per_position),
+            draft_length=counters.draft_length,
         )
 
     def free(self) -> None:
+        if self._drafter:
+            self._drafter.free()
         self._backend.free()
 
     # plan
@@ -204,12 +233,14 @@ class Engine:
 
     def _view(self) -> ScheduleView:
         free = self._slots.free
+        drafter = self._drafter
         return ScheduleView(
             running=tuple(sequence.candidate() for sequence in self._running.values()),
             waiting=tuple(self._waiting_candidates()) if free else (),
             free_slots=free,
             held={slot_id: len(held.tokens) for slot_id, held in self._slots.held.items()},
             used={slot_id: held.used for slot_id, held in self._slots.held.items()},
+            names=dict(self._slots.names),
             busy={each.slot_id: each.adapters for each in self._running.values() if each.slot_id is not None},
             n_ctx=self._backend.n_ctx,
             num_slots=self._slots.num_slots,
@@ -219,18 +250,38 @@ class Engine:
             cost=self._backend.cost,
             step=self._counters.num_steps,
             turn=self._turn,
+            draftable=drafter.offers(self._running.values()) if drafter else {},
+            draft_terms=drafter.terms if drafter else NO_DRAFTS,
         )
 
     def _waiting_candidates(self) -> Iterator[Candidate]:
-        """Twice as many as there are slots: some may only wait for what others compute."""
+        """Twice as many as there are slots: some may only wait for what others compute. Those that wait for a busy slot
+        of their own are passed by, and do not count."""
         before = [sequence for sequence in self._running.values() if not sequence.is_decoding]
-        for sequence in islice(self._waiting.values(), 2 * self._slots.num_slots):
+        held_back = self._held_back()
+        eligible = (each for each in self._waiting.values() if each.request_id not in held_back)
+        for sequence in islice(eligible, 2 * self._slots.num_slots):
+            wanted = None if self._waits_for_slot(sequence) else sequence.request.decoding.slot_id
             if sequence.cache_key is None or not sequence.request.cache_prompt or not self._can_reuse:
-                yield sequence.candidate()
+                yield sequence.candidate(number=wanted)
                 continue
             shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
-            yield sequence.candidate(self._prefixes(sequence), shared)
+            yield sequence.candidate(self._prefixes(sequence), shared, wanted)
             before.append(sequence)
+
+    def _held_back(self) -> frozenset[str]:
+        """Waiting requests that only a busy slot can serve, as many as there are slots at most: those beyond that take
+        any slot, else the requests of one tenant for one slot would fill the engine while other slots are idle."""
+        pinned = (each.request_id for each in self._waiting.values() if self._waits_for_slot(each))
+        return frozenset(islice(pinned, self._slots.num_slots))
+
+    def _waits_for_slot(self, sequence: Sequence) -> bool:
+        """It names a slot of its scope that is busy."""
+        number = sequence.request.decoding.slot_id
+        if number is None:
+            return False
+        slot_id = self._slots.find((sequence.request.cache_scope, number))
+        return slot_id is not None and self._slots.owner(slot_id) is not None
 
     def _prefixes(self, sequence: Sequence) -> dict[int, int]:
         """How much of a waiting prompt each slot has computed under its key; its last token is always computed anew."""
@@ -263,10 +314,10 @@ class Engine:
     def _seat(self, seats: Iterable[Seat]) -> None:
         for seat in seats:
             sequence = self._waiting.pop(seat.request_id)
-            self._slots.take(seat.slot_id, seat.request_id)
-            sequence.slot_id = seat.slot_id
-            self._running[seat.request_id] = sequence
             request = sequence.request
+            self._slots.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
+            sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
+            self._running[seat.request_id] = sequence
             if seat.copy_from is not None:
                 self._backend.copy(seat.copy_from, seat.slot_id)
             try:
@@ -274,6 +325,9 @@ class Engine:
             except EngineError as error:
                 self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
             else:
+                if self._drafter:
+                    num_kept = seat.num_cached if seat.copy_from is None else 0
+                    self._drafter.open(sequence, seat.slot_id, num_kept)
                 sequence.reuse(seat.num_cached)
                 self._counters.cached_tokens_total += seat.num_cached
 
@@ -281,13 +335,14 @@ class Engine:
         """The plan as work for the backend, by request id and in order of slots; announces who is in a first step."""
         chosen = [self._running[request_id] for request_id in plan.num_tokens if request_id in self._running]
         for sequence in chosen:
-            if sequence.started_at is None and sequence.slot_id is not None:
+            if sequence.started_at is None and sequence.slot_number is not None:
                 sequence.started_at = now
-                self._events.append(Started(sequence.request_id, sequence.slot_id))
+                self._events.append(Started(sequence.request_id, sequence.slot_number, sequence.cached_tokens))
         # llama.cpp batches together only sequences that follow each other in rising order of their ids.
         seated = sorted((sequence.slot_id, sequence.request_id) for sequence in chosen if sequence.slot_id is not None)
+        drafts = self._drafter.drafts(plan.num_drafted, self._running) if self._drafter and plan.num_drafted else {}
         return {
-            request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id])
+            request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id], drafts.get(request_id, ()))
             for slot_id, request_id in seated
         }
 
@@ -297,18 +352,24 @@ class Engine:
 
     # commit
 
-    def _commit(self, work: dict[str, SlotWork], outputs: list[Chosen], *, started: float) -> None:
+    def _commit(self, work: dict[str, SlotWork], outputs: list[Chosen], *, started: float, executed: float) -> None:
         now = self._clock()
         step = self._counters.num_steps
         self._count(work, now - started, now)
-        self._observe(sum(len(part.tokens) for part in work.values()), now - started)
+        self._observe(sum(len(part.tokens) for part in work.values()), now - executed)
         for (request_id, part), chosen in zip(work.items(), outputs, strict=True):
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
             if part.num_drafted:
-                sequence.count_draft(part.num_drafted, len(chosen.tokens) - 1)
+                num_accepted = max(0, len(chosen.tokens) - 1)
+                sequence.count_draft(part.num_drafted, num_accepted)
+                self._counters.count_draft(part.num_drafted, num_accepted)
             if chosen.tokens:
                 self._extend(sequence, chosen, now)
+                if self._drafter:
+                    self._drafter.learn(sequence)
+            elif sequence.is_prompt_done:
+                self._finish(sequence, FinishReason.LENGTH, now)
             if chosen.error and request_id in self._running:
                 self._finish(sequence, FinishReason.ERROR, now, error=chosen.error)
 
@@ -320,6 +381,7 @@ class Engine:
             num_decoding=len(decoding),
             prompt=sum(len(part.tokens) for part in work.values()) - decoded,
             decoded=decoded,
+            drafted=sum(part.num_drafted for part in decoding),
             seconds=seconds,
         )
         self._counters.last_step_at = now
@@ -345,7 +407,7 @@ class Engine:
                 reason = FinishReason.EOS
             else:
                 text += sequence.text.feed(self._backend.piece(token))
-                reason = self._reason(sequence)
+                reason = self._reason(sequence, token, now)
             if reason:
                 text += sequence.text.finish()
                 break
@@ -354,13 +416,38 @@ class Engine:
         self._events.append(Delta(sequence.request_id, text, chosen.tokens[:taken], chosen.probs[:taken]))
         if reason:
             self._finish(sequence, reason, now)
+        elif self._is_full(sequence):
+            self._shift(sequence)
 
-    def _reason(self, sequence: Sequence) -> FinishReason | None:
+    def _reason(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
         """Why the sequence ends after its latest token, if it does."""
         if sequence.text.stop_word is not None:
             return FinishReason.STOP
         used_up = sequence.num_completion >= sequence.request.max_tokens
-        return FinishReason.LENGTH if used_up or len(sequence.tokens) >= self._backend.n_ctx else None
+        if self._is_full(sequence) and (used_up or not self._can_shift(sequence)):
+            sequence.is_truncated = True
+            return FinishReason.LENGTH
+        return FinishReason.LENGTH if used_up or self._is_late(sequence, token, now) else None
+
+    def _is_late(self, sequence: Sequence, token: int, now: float) -> bool:
+        """Its time to generate is over and a line ends here: as with llama.cpp's t_max_predict_ms, lines stay whole."""
+        seconds, began = sequence.request.decoding.max_decode_seconds, sequence.first_token_at
+        if seconds is None or began is None or now - began <= seconds:
+            return False
+        return b"\n" in self._backend.piece(token)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """No token fits behind its latest one, which is not computed yet. Drafts never reach beyond this."""
+        return len(sequence.tokens) >= self._backend.n_ctx
+
+    def _can_shift(self, sequence: Sequence) -> bool:
+        return sequence.request.decoding.context_shift and self._backend.abilities.shift
+
+    def _shift(self, sequence: Sequence) -> None:
+        """The one place where tokens of a running sequence disappear."""
+        num_keep, num_discard = sequence.shift(self._backend.n_ctx, self._backend.adds_bos)
+        assert sequence.slot_id is not None
+        self._backend.shift(sequence.slot_id, num_keep, num_discard)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> None:
         """End a live sequence: held text first, then the one Finished; its slot is free for the next step."""
@@ -370,6 +457,8 @@ class Engine:
         self._events.append(
             Finished(sequence.request_id, reason, sequence.receipt(now), stop_word=stop_word, error=error)
         )
+        if self._drafter:
+            self._drafter.close(sequence.request_id)
         self._waiting.pop(sequence.request_id, None)
         if self._running.pop(sequence.request_id, None) and sequence.slot_id is not None:
             held = sequence.held(self._counters.num_steps)

@@ -11,7 +11,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
@@ -56,7 +56,8 @@ class _Open:
 
 def _certain(tokens: Sequence[int], num_probs: int) -> tuple[TokenProbs, ...]:
     """A fake is sure of what it says."""
-    return tuple(TokenProbs(token, 0.0, ((token, 0.0),)) for token in tokens) if num_probs else ()
+    sure = (TokenProbs(token, 0.0, PIECES[token]) for token in tokens)
+    return tuple(replace(each, top=(each,)) for each in sure) if num_probs else ()
 
 
 class FakeBackend:
@@ -83,6 +84,7 @@ class FakeBackend:
         supports_adapters: bool = False,
         seconds_per_switch: float = 0.0,
         abilities: Abilities | None = None,
+        adds_bos: bool = False,
         max_draft_tokens: int = 256,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -101,6 +103,7 @@ class FakeBackend:
         self._attached: AdapterVector = ()
         self._held: dict[int, list[tuple[int, AdapterVector]]] = {}
         self.abilities = abilities or Abilities()
+        self.adds_bos = adds_bos
         self.max_draft_tokens = max_draft_tokens
         self.adapters: frozenset[str] = frozenset()
 

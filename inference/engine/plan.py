@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from inference.engine.costs import CostCurve
+from inference.engine.drafting import Draftable, DraftTerms
+from inference.engine.slots import SlotName
 from inference.engine.types import AdapterVector
 
 
@@ -22,7 +24,8 @@ class Candidate:
     last, -1 if none did. arrived_step: number of the step before which it came.
 
     Of waiting ones also, all under the same cache key, prefixes: how many of its first tokens, never all, a slot has
-    computed; shared: how many it has in common with another request's prompt that is computed now or waits before it.
+    computed; shared: how many it has in common with another request's prompt that is computed now or waits before it;
+    scope: whose it is; number: the slot of that scope which it waits for, None for any.
     """
 
     request_id: str
@@ -33,6 +36,8 @@ class Candidate:
     arrived_step: int = 0
     prefixes: Mapping[int, int] = field(default_factory=dict)
     shared: Mapping[str, int] = field(default_factory=dict)
+    scope: str | None = None
+    number: int | None = None
 
     def after_reuse(self, num_cached: int) -> Candidate:
         """The same once it sits in a slot that has its first num_cached tokens."""
@@ -59,7 +64,8 @@ class ScheduleView:
     """Everything a scheduling decision may look at. Running and waiting are in order of arrival.
 
     step: number of the step to plan. held: tokens that free slots hold; used: the step after which they became free.
-    busy: the vector of each slot that is taken.
+    busy: the vector of each slot that is taken. names: of slots that are taken or hold something, whose they are and
+    what they are called. draftable: decoding sequences that could have guesses, on draft_terms.
     """
 
     running: tuple[Candidate, ...] = ()
@@ -68,6 +74,7 @@ class ScheduleView:
     held: Mapping[int, int] = field(default_factory=dict)
     used: Mapping[int, int] = field(default_factory=dict)
     busy: Mapping[int, AdapterVector] = field(default_factory=dict)
+    names: Mapping[int, SlotName] = field(default_factory=dict)
     num_slots: int = 1
     n_ctx: int = 4096
     max_step_tokens: int = 512
@@ -76,16 +83,22 @@ class ScheduleView:
     cost: CostCurve = field(default_factory=CostCurve)
     step: int = 0
     turn: Turn = field(default_factory=Turn)
+    draftable: Mapping[str, Draftable] = field(default_factory=dict)
+    draft_terms: DraftTerms = field(default_factory=DraftTerms)
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from."""
+    """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from.
+
+    number: what the request's scope calls the slot from now on.
+    """
 
     request_id: str
     slot_id: int
     num_cached: int = 0
     copy_from: int | None = None
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +108,12 @@ class StepPlan:
     seats: of waiting requests that get a slot first, in this order; the engine reads it.
     num_tokens: how many pending tokens of which sequence are computed; engine and backend read it.
     adapters: the one adapter vector of all sequences in the step; the backend reads it.
+    num_drafted: of which sequence how many guesses are verified at most, beside num_tokens; the engine asks for them.
+    probe_seconds: of the step, what serves to find out whether longer drafts would pay; the engine books it.
     """
 
     seats: tuple[Seat, ...] = ()
     num_tokens: dict[str, int] = field(default_factory=dict)
     adapters: AdapterVector = ()
+    num_drafted: dict[str, int] = field(default_factory=dict)
+    probe_seconds: float = 0.0

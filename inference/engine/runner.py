@@ -14,7 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from inference.engine.backend import Backend
+from inference.engine.drafting import DraftSettings
 from inference.engine.engine import Engine, draw_seed
+from inference.engine.speculative import Proposer
 from inference.engine.stats import EngineStats
 from inference.engine.types import EngineError, EventSink, Finished, GenerationRequest, TokenEvent
 
@@ -48,7 +50,7 @@ class EngineRunner:
 
     sink is called on that thread, once per step with all events of the step. on_crash is called there after an
     exception of the backend or the sink: by then every live sequence has got its Finished(ERROR), and no request is
-    taken any more. max_waiting bounds the requests that have no slot yet.
+    taken any more. max_waiting bounds the requests that have no slot yet. proposer, draft_settings: see Engine.
     """
 
     def __init__(
@@ -60,8 +62,12 @@ class EngineRunner:
         max_waiting: int = 4096,
         on_crash: Callable[[BaseException], None] | None = None,
         draw_seed: Callable[[], int] = draw_seed,
+        proposer: Proposer | None = None,
+        draft_settings: DraftSettings | None = None,
     ) -> None:
-        self._engine = Engine(backend, clock=clock, draw_seed=draw_seed)
+        self._engine = Engine(
+            backend, clock=clock, draw_seed=draw_seed, proposer=proposer, draft_settings=draft_settings
+        )
         self._sink = sink
         self._clock = clock
         self._max_live = backend.n_slots + max_waiting

@@ -7,9 +7,10 @@ until another needs it. Taking over such a slot costs nothing; copying a busy on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 
 from inference.engine.plan import Candidate, ScheduleView, Seat
-from inference.engine.slots import best_free
+from inference.engine.slots import SlotName, best_free
 from inference.engine.types import AdapterVector
 
 MIN_SHARED_TOKENS = 64
@@ -26,10 +27,11 @@ CONTEXT_PER_COPY_TOKEN = 64
 def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
     """Seats for waiting requests, first come first served, and these requests as they are once they sit.
 
-    One that shares a long prefix with a prompt being computed is passed over until that has got so far.
+    One that shares a long prefix with a prompt being computed is passed over until that has got so far, and one that
+    waits for a slot of its scope until that is free.
     """
     free = set(view.free_slots)
-    busy = dict(view.busy)
+    busy, names = dict(view.busy), dict(view.names)
     kept: dict[int, int] = {}  # tokens that slots taken in this plan still have of what they held
     computing = {each.request_id for each in view.running if not each.is_decoding}
     seats, seated = [], []
@@ -39,8 +41,14 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
         usable = {slot: min(number, kept.get(slot, number)) for slot, number in candidate.prefixes.items()}
         if _waits(candidate, computing, max(usable.values(), default=0), view.step):
             continue
-        spare = _victim(free, busy, candidate.adapters, view)
-        chosen = _choose(candidate.request_id, usable, free, spare, view)
+        choices = _choices(candidate, free, names)
+        if not choices:
+            continue
+        spare = _victim(choices, busy, candidate.adapters, view)
+        chosen = _choose(candidate.request_id, usable, choices, spare, view)
+        number = candidate.number if candidate.number is not None else _number(candidate, chosen.slot_id, names, view)
+        chosen = replace(chosen, number=number)
+        names[chosen.slot_id] = candidate.scope, number
         busy[chosen.slot_id] = candidate.adapters
         free.remove(chosen.slot_id)
         kept[chosen.slot_id] = 0 if chosen.copy_from is not None else chosen.num_cached
@@ -53,6 +61,27 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
 def copy_threshold(n_ctx: int) -> int:
     """Tokens that a copy of a slot must save; the cost of a copy follows the context, not the prefix."""
     return max(MIN_COPY_TOKENS, n_ctx // CONTEXT_PER_COPY_TOKEN)
+
+
+def _choices(candidate: Candidate, free: Set[int], names: Mapping[int, SlotName]) -> Set[int]:
+    """The free slots that it may have. One that names a slot of its scope gets that alone. If the scope has none of
+    this number, it gets one that is not the scope's, so that its others stay as they are; or any, rather than wait for
+    another tenant.
+    """
+    if candidate.number is None:
+        return free
+    named = {slot for slot, name in names.items() if name == (candidate.scope, candidate.number)}
+    if named:
+        return free & named
+    return {slot for slot in free if slot not in names or names[slot][0] != candidate.scope} or free
+
+
+def _number(candidate: Candidate, slot_id: int, names: Mapping[int, SlotName], view: ScheduleView) -> int:
+    """What a scope calls a slot that it takes: as before, if it was its own, else the first number that it has not."""
+    own = {slot: number for slot, (scope, number) in names.items() if scope == candidate.scope}
+    if slot_id in own:
+        return own[slot_id]
+    return next(number for number in range(view.num_slots) if number not in own.values())
 
 
 def _waits(candidate: Candidate, computing: Iterable[str], num_usable: int, step: int) -> bool:

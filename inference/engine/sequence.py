@@ -7,6 +7,7 @@ batch of them is decoding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 
 from inference.engine.backend import SlotWork
@@ -14,6 +15,9 @@ from inference.engine.plan import Candidate
 from inference.engine.prefix import CacheKey, Held, common_prefix
 from inference.engine.stop import TextAssembler
 from inference.engine.types import GenerationRequest, Receipt, effective
+
+MIN_ROOM = 4
+"""A context shift leaves room for so many tokens behind those that are kept."""
 
 
 class Sequence:
@@ -36,9 +40,11 @@ class Sequence:
         "num_completion",
         "num_computed",
         "num_drafted",
+        "num_exact",
         "request",
         "seed",
         "slot_id",
+        "slot_number",
         "started_at",
         "submitted_at",
         "text",
@@ -59,11 +65,13 @@ class Sequence:
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.slot_id: int | None = None
+        self.slot_number: int | None = None  # what its scope calls the slot
         self.tokens = list(request.prompt)
         self.num_computed = 0
         self.num_completion = 0
         self.num_drafted = 0
         self.num_accepted = 0
+        self.num_exact = sys.maxsize  # tokens from the first on that another prompt may reuse: see shift()
         self.is_truncated = False
         self.last_step = -1
         self.text = TextAssembler(request.stop)
@@ -80,6 +88,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         return self.num_completion > 0
 
+    @property
+    def is_prompt_done(self) -> bool:
+        """The prompt is all that was wanted, and is computed."""
+        return self.request.max_tokens == 0 and self.num_computed == len(self.tokens)
+
     def append(self, token: int) -> None:
         """One more token is chosen."""
         self.tokens.append(token)
@@ -89,9 +102,26 @@ class Sequence:
         """The first num_cached tokens need not be computed: the slot has them."""
         self.num_computed = self.cached_tokens = num_cached
 
+    def shift(self, n_ctx: int, adds_bos: bool) -> tuple[int, int]:
+        """Make room in a full context; returns how many of the first tokens are kept, and how many behind them go.
+
+        What is behind the kept ones was computed in sight of what has gone: nobody else can reuse it from here on.
+        """
+        decoding, num_prompt = self.request.decoding, len(self.request.prompt)
+        wanted = num_prompt if decoding.num_keep < 0 else min(decoding.num_keep + adds_bos, num_prompt)
+        num_keep = max(0, min(wanted, n_ctx - MIN_ROOM))
+        num_left = self.num_computed - num_keep
+        num_discard = min(decoding.num_discard if decoding.num_discard > 0 else max(num_left // 2, 1), num_left)
+        del self.tokens[num_keep : num_keep + num_discard]
+        self.num_computed -= num_discard
+        self.num_exact = min(self.num_exact, num_keep)
+        self.is_truncated = True
+        return num_keep, num_discard
+
     def held(self, used: int) -> Held | None:
         """What the slot still holds when this sequence has left it after step `used`."""
-        return Held(self.cache_key, self.tokens[: self.num_computed], used) if self.cache_key else None
+        reusable = self.tokens[: min(self.num_computed, self.num_exact)]
+        return Held(self.cache_key, reusable, used) if self.cache_key else None
 
     def num_shared(self, other: Sequence) -> int:
         """Tokens that the prompts of both begin with; 0 unless they may share."""
@@ -107,12 +137,15 @@ class Sequence:
         number = self.num_shared(other)
         if number and number == len(other.request.prompt):
             number += common_prefix(list(self.request.prompt[number:]), other.tokens[number:])
-        return min(number, other.num_computed)
+        return min(number, other.num_computed, other.num_exact)
 
     def candidate(
-        self, prefixes: Mapping[int, int] | None = None, shared: Mapping[str, int] | None = None
+        self,
+        prefixes: Mapping[int, int] | None = None,
+        shared: Mapping[str, int] | None = None,
+        number: int | None = None,
     ) -> Candidate:
-        """How the scheduler sees this sequence."""
+        """How the scheduler sees this sequence. number: the slot of its scope that it waits for."""
         return Candidate(
             self.request.request_id,
             len(self.tokens) - self.num_computed,
@@ -122,14 +155,17 @@ class Sequence:
             self.arrived_step,
             prefixes or {},
             shared or {},
+            self.request.cache_scope,
+            number,
         )
 
     def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:
         """The next num_tokens pending tokens as work for the backend, and a draft behind them; the last pending one
-        samples."""
+        samples, unless the prompt is all that is wanted."""
         start, end = self.num_computed, self.num_computed + num_tokens
         guesses = list(draft)
-        return SlotWork(slot_id, start, self.tokens[start:end] + guesses, end == len(self.tokens), len(guesses))
+        samples = end == len(self.tokens) and self.request.max_tokens > 0
+        return SlotWork(slot_id, start, self.tokens[start:end] + guesses, samples, len(guesses))
 
     def count_draft(self, num_drafted: int, num_accepted: int) -> None:
         """Book a verified draft. Its accepted tokens are computed already: the next step starts behind them."""
@@ -166,6 +202,6 @@ class Sequence:
             batch_sequences=self._batch_sequences,
             decode_steps=self._decode_steps,
             decode_batch_sequences=self._decode_batch_sequences,
-            slot_id=self.slot_id,
+            slot_id=self.slot_number,
             seed=self.seed,
         )

@@ -80,9 +80,10 @@ class Speculation:
 class Decoding:
     """How a sequence is run, beside how its tokens are chosen.
 
-    context_shift: go on where the slot's context is full, without num_discard of the tokens behind the first num_keep.
-    num_keep: -1 is the whole prompt. num_discard: 0 is half of what is not kept. slot_id: the slot to wait for, None is
-    any. speculation: None leaves it to the model's settings. max_decode_seconds: end after so much time of generating.
+    context_shift: go on where the slot's context is full, without num_discard of the tokens behind the first
+    num_keep. num_keep: -1 is the whole prompt. num_discard: 0 is half of what is not kept. slot_id: the slot to wait
+    for, None is any; every cache_scope has its own numbers, 0 to n_slots - 1. speculation: None leaves it to the
+    model's settings. max_decode_seconds: end with the first line break that comes after so much time of generating.
     """
 
     context_shift: bool = False
@@ -135,7 +136,7 @@ class Receipt:
     sequences each carried; batch_sequences / num_steps is the mean batch size. decode_steps and
     decode_batch_sequences are the same over the plans in which this sequence was generating. drafted_tokens were
     verified, accepted_tokens of them were right. is_truncated: the context was full, and was shifted or ended the
-    answer. held_tokens: what the slot held at the end.
+    answer. held_tokens: what the slot held at the end. slot_id: the number of the slot in its cache_scope.
     """
 
     prompt_tokens: int
@@ -158,19 +159,23 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The sequence has a slot and its first prompt tokens are in the next step."""
+    """The sequence has a slot, by its number in the cache_scope; the slot has num_cached tokens of its prompt, and the
+    next ones are in the next step."""
 
     request_id: str
     slot_id: int
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenProbs:
-    """A chosen token, its natural log-probability (-inf for 0), and the most probable ones, best first."""
+    """A token, its natural log-probability (-inf for 0), the bytes of its text (b"" for control tokens), and, of one
+    that was chosen, the most probable ones in its place, best first."""
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    piece: bytes = b""
+    top: tuple[TokenProbs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def as_row(row: ServedModel) -> dict[str, Any]:
     """JSON about one model, for operators; path, digest, sizes and file type are those of what is served."""
     variant = row.active_variant
     file = variant or row
-    estimate = registry.estimate_memory(file.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    estimate = registry.memory_of(row)
     return {
         "name": row.name,
         "aliases": row.aliases,
@@ -36,6 +36,9 @@ def as_row(row: ServedModel) -> dict[str, Any]:
         "n_threads": file.n_threads or row.n_threads,
         "n_gpu_layers": row.n_gpu_layers,
         "kv_type": row.kv_type,
+        "context_shift": row.context_shift,
+        "draft_kind": row.draft_kind,
+        "draft_model": row.draft_model.name if row.draft_model else None,
         "load_mode": row.load_mode,
         "keep_alive_seconds": row.keep_alive_seconds,
         "visibility": row.visibility,

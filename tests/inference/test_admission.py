@@ -16,7 +16,8 @@ from inference.admission import Admitted, CachedAnswer, admit
 from inference.chat.probing import examine
 from inference.chat.prompt import ChatPrompt, Message
 from inference.completion_cache import Completion, completion_cache
-from inference.engine.types import SamplingParams
+from inference.engine.types import Decoding, SamplingParams
+from inference.grammars import Verdicts
 from inference.models import Receipt, ServedModel
 from inference.queue import TicketQueue, ticket_queue
 from inference.registry import forget
@@ -77,6 +78,12 @@ def test_an_order_becomes_a_ticket_in_the_queue_and_rings_once(alice: Any, bell:
     assert sent.created_at < sent.queue_deadline_at <= sent.deadline_at
 
 
+def test_a_shared_prompt_is_reserved_by_its_payer_alone(alice: Any) -> None:
+    sent = admitted(principal_of(alice), shares_prompt=True, cache_prompt=False).ticket
+    assert (sent.num_prompt_tokens, sent.reserved_tokens, sent.entered_tokens) == (10, 16, 16)
+    assert sent.prefix_cache, "what its payer has computed is not computed again"
+
+
 def test_the_reservation_outlives_the_deadline(alice: Any) -> None:
     sent = admitted(principal_of(alice)).ticket
     assert Reservation.objects.get().expires_at.timestamp() > sent.deadline_at + 30
@@ -98,6 +105,49 @@ def test_text_is_tokenized_and_tokens_are_taken_as_they_are(alice: Any, monkeypa
 
     monkeypatch.setattr(admission, "tokenizer_pool", Words)
     assert admitted(principal_of(alice), prompt="to be or not").ticket.prompt == (2, 2, 2, 3)
+
+
+# Its form
+
+
+class Trials:
+    """In the place of the pool of children that try grammars."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, model: Any, message: dict[str, Any]) -> dict[str, Any]:
+        self.asked += 1
+        if "bomb" in message["grammar"]:
+            raise Refusal("tokenizer_failed", "This text cannot be tokenized.")
+        return {"ok": True}
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+    made = Trials()
+    verdicts = Verdicts(lambda: made)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(admission, "verdicts", lambda: verdicts)
+    return made
+
+
+def test_a_grammar_is_tried_before_it_is_queued_and_only_once(alice: Any, trials: Trials) -> None:
+    sampling = SamplingParams(grammar='root ::= "a"')
+    for _ in range(2):
+        assert admitted(principal_of(alice), sampling=sampling).ticket.sampling == sampling
+    assert trials.asked == 1
+    admitted(principal_of(alice))
+    assert trials.asked == 1
+
+
+def test_a_grammar_that_ends_its_child_is_refused_and_nothing_is_held(
+    alice: Any, bell: list[str], valkey: Any, trials: Trials
+) -> None:
+    before = everything(valkey)
+    refusal = refused(principal_of(alice), sampling=SamplingParams(grammar='root ::= bomb\nbomb ::= "a"'))
+    assert refusal.code == "invalid_grammar"
+    assert everything(valkey) == before
+    assert bell == []
 
 
 # How long the answer may be
@@ -371,6 +421,11 @@ def test_another_request_is_computed(alice: Any, changes: dict[str, Any]) -> Non
     )
 
 
+def test_probabilities_are_not_kept(alice: Any) -> None:
+    sampling = SamplingParams(num_probs=1)
+    assert admitted(principal_of(alice), use_cache=True, sampling=sampling).ticket.cache_key is None
+
+
 def test_bob_does_not_see_what_was_computed_for_alice(alice: Any, cast: Any) -> None:
     _keep(principal_of(alice))
     answer = admit(principal_of(cast.bob), order(use_cache=True), request_id=new_id(), route="r")
@@ -439,3 +494,40 @@ def test_a_conversation_for_a_model_without_a_template_leaves_nothing_behind(ali
     refusal = refused(principal_of(alice), prompt=ChatPrompt(messages=(Message(role="user", content="hello"),)))
     assert (refusal.code, refusal.retryable) == ("capability_not_supported", False)
     assert everything(valkey) == before
+
+
+# Shifts, slots, and prompts alone
+
+
+def test_output_beyond_the_context_is_allowed_where_it_shifts(alice: Any) -> None:
+    shift = Decoding(context_shift=True)
+    sent = admitted(principal_of(alice), max_tokens=5000, decoding=shift).ticket
+    assert (sent.max_tokens, sent.reserved_tokens, sent.decoding) == (5000, 5000 + len(PROMPT), shift)
+    bounded = admitted(principal_of(alice, max_output=30), max_tokens=5000, decoding=shift).ticket
+    assert bounded.max_tokens == 30
+
+
+@pytest.mark.parametrize("why", ["not asked", "no bound of its own", "the model does not", "the plan's context"])
+def test_without_a_shift_the_context_is_the_bound(alice: Any, why: str) -> None:
+    limits = {"max_context": 100} if why == "the plan's context" else {}
+    wanted = None if why == "no bound of its own" else 5000
+    n_ctx = 100 if limits else ServedModel.objects.get().n_ctx
+    if why == "the model does not":
+        ServedModel.objects.update(context_shift=False)
+        forget()
+    decoding = Decoding(context_shift=why != "not asked")
+    sent = admitted(principal_of(alice, **limits), max_tokens=wanted, decoding=decoding).ticket
+    assert (sent.max_tokens, sent.decoding.context_shift) == (n_ctx - len(PROMPT), False)
+
+
+def test_no_output_at_all_reserves_the_prompt_alone(alice: Any) -> None:
+    sent = admitted(principal_of(alice), max_tokens=0).ticket
+    assert (sent.max_tokens, sent.reserved_tokens, sent.clamped) == (0, len(PROMPT), False)
+
+
+@pytest.mark.parametrize("slot_id", [-2, 4, 2**40])
+def test_a_slot_that_is_not_there_is_refused(alice: Any, valkey: Any, slot_id: int) -> None:
+    before = everything(valkey)
+    assert refused(principal_of(alice), decoding=Decoding(slot_id=slot_id)).code == "bad_request"
+    assert everything(valkey) == before
+    assert admitted(principal_of(alice), decoding=Decoding(slot_id=3)).ticket.decoding.slot_id == 3

@@ -17,7 +17,7 @@ from inference import doorbell, hosted, registry
 from inference import worker as worker_module
 from inference.completion_cache import completion_cache
 from inference.engine.fake_backend import FakeBackend
-from inference.engine.types import EngineError
+from inference.engine.types import Decoding, EngineError
 from inference.hosted import State
 from inference.models import Receipt, ServedModel
 from inference.queue import ticket_key, ticket_queue
@@ -605,3 +605,19 @@ def test_the_registry_is_followed_again_after_the_database_was_away(
     with worker(valkey, read_registry=read):
         wait_for(lambda: len(reads) > 4)
     assert errors == []
+
+
+def test_requests_for_one_busy_slot_do_not_keep_others_from_the_free_ones(cast: Any, alice: Any, valkey: Any) -> None:
+    """Alice's leases that wait for her slot are more than the model has slots; Bob's ticket is taken all the same."""
+    bob = principal_of(cast.bob, tokens_per_minute=100_000)
+    with worker(valkey, threads=10, load=fake_load(0.01)):
+        wanted: dict[str, Any] = {"decoding": Decoding(slot_id=1), "max_tokens": 200}
+        pinned = [admitted(alice, **wanted).ticket.request_id for _ in range(5)]
+        wait_for(lambda: ticket_queue().num_waiting("default") == 0)
+        other = admitted(bob, max_tokens=2).ticket.request_id
+        assert finish(valkey, other)["receipt"]["slot_id"] == 0
+        ended = [name for name in pinned if any(event["t"] == "finished" for event in events(valkey, name))]
+        assert ended == []
+        for request_id in pinned:
+            cancel(request_id)
+            finish(valkey, request_id)

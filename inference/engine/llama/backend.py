@@ -18,7 +18,8 @@ from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
 from inference.engine.costs import CostCurve, measure
 from inference.engine.llama import abilities
 from inference.engine.llama.batch import Batch
-from inference.engine.llama.library import forward_log, native, token_bytes
+from inference.engine.llama.candidates import Candidates
+from inference.engine.llama.library import forward_log, native, token_bytes, token_texts
 from inference.engine.llama.loading import (
     check_options,
     checked_file,
@@ -28,6 +29,7 @@ from inference.engine.llama.loading import (
     trained_context,
     usable_cpus,
 )
+from inference.engine.llama.prefixes import Prefixes
 from inference.engine.llama.samplers import SlotSampler
 from inference.engine.lora_file import write_padded
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
@@ -56,12 +58,15 @@ class LlamaBackend:
         self._memory = native.llama_get_memory(context)
         self._vocab = native.llama_model_get_vocab(model)
         self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+        self.adds_bos: bool = native.llama_vocab_get_add_bos(self._vocab)
         self._end_tokens = tuple(
             token for token in range(self.n_vocab) if native.llama_vocab_is_eog(self._vocab, token)
         )
         self._is_end = frozenset(self._end_tokens)
         self._pieces: dict[int, bytes] = {}
         self._samplers: dict[int, SlotSampler] = {}
+        self._candidates = Candidates(self.n_vocab)
+        self._prefixes = Prefixes([self.piece(token) for token in range(self.n_vocab)], self._end_tokens)
         self._adapters: dict[str, Any] = {}
         self._attached: AdapterVector = ()
         self.adapters: frozenset[str] = frozenset()
@@ -125,7 +130,15 @@ class LlamaBackend:
         if not native.llama_memory_seq_rm(self._memory, slot_id, num_cached, -1):
             raise RuntimeError(f"slot {slot_id} cannot be cut to {num_cached} tokens")
         self._samplers[slot_id] = SlotSampler(
-            self._vocab, sampling, prompt=prompt, seed=seed, n_ctx=self.n_ctx, end_tokens=self._end_tokens
+            self._vocab,
+            sampling,
+            prompt=prompt,
+            seed=seed,
+            n_ctx=self.n_ctx,
+            end_tokens=self._end_tokens,
+            candidates=self._candidates,
+            prefixes=self._prefixes,
+            piece=self.piece,
         )
 
     def copy(self, source_id: int, target_id: int) -> None:
@@ -143,7 +156,7 @@ class LlamaBackend:
     def _choose(self, part: SlotWork, row: int) -> Chosen:
         draft = part.tokens[len(part.tokens) - part.num_drafted :]
         chosen = self._samplers[part.slot_id].choose(self._context, row, draft)
-        num_wrong = part.num_drafted + 1 - len(chosen.tokens)
+        num_wrong = part.num_drafted - max(0, len(chosen.tokens) - 1)
         if num_wrong > 0:
             native.llama_memory_seq_rm(self._memory, part.slot_id, part.start + len(part.tokens) - num_wrong, -1)
         return chosen
@@ -234,6 +247,10 @@ class LlamaBackend:
         if piece is None:
             piece = self._pieces[token] = token_bytes(self._vocab, token)
         return piece
+
+    def token_texts(self) -> list[bytes]:
+        """What each token is written as, control tokens too: what makes a vocabulary."""
+        return token_texts(self._vocab)
 
     def is_end(self, token: int) -> bool:
         return token in self._is_end

@@ -19,7 +19,8 @@ class Command(HouseCommand):
     examples = ("models", "models --json")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"models": [as_row(row) for row in registry.with_active_variants(ServedModel.objects.order_by("name"))]}
+        rows = ServedModel.objects.select_related("draft_model").order_by("name")
+        return {"models": [as_row(row) for row in registry.with_active_variants(rows)]}
 
     def show(self, result: dict[str, Any]) -> None:
         if not result["models"]:
