@@ -55,8 +55,8 @@ class Site:
 
 
 @contextmanager
-def running(scratch: Path, *, engine: str) -> Iterator[Site]:
-    """llmsite for as long as the block lasts. Raises children.NotStarted and calls.CallRefused."""
+def running(scratch: Path, *, engine: str, models_yaml: Path | None = None) -> Iterator[Site]:
+    """llmsite, with the models of a file if there is one, for as long as the block lasts. Raises children.NotStarted and calls.CallRefused."""
     port = children.free_port()
     state = scratch / "state"
     env = {
@@ -67,6 +67,8 @@ def running(scratch: Path, *, engine: str) -> Iterator[Site]:
         "DATABASE_URL": "",
         "REDIS_URL": "",
     }
+    if models_yaml:
+        env["MODELS_YAML"] = str(models_yaml)
     log = scratch / "llmsite.log"
     with children.child([sys.executable, "manage.py", "up", "--demo"], log, env=env, cwd=ROOT) as process:
         seconds = children.wait_until(
