@@ -56,7 +56,10 @@ class Site:
 
 @contextmanager
 def running(scratch: Path, *, engine: str, models_yaml: Path | None = None) -> Iterator[Site]:
-    """llmsite, with the models of a file if there is one, for as long as the block lasts. Raises children.NotStarted and calls.CallRefused."""
+    """llmsite for as long as the block lasts, with the models of a file if one is named.
+
+    Raises children.NotStarted and calls.CallRefused.
+    """
     port = children.free_port()
     state = scratch / "state"
     env = {

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 BUILD = "build: "
 
 
 def main(asked: dict[str, Any]) -> None:
-    import xllamacpp
-
+    xllamacpp: Any = import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = asked["model"]
     params.port = asked["port"]

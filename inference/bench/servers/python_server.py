@@ -1,6 +1,6 @@
 """llama-cpp-python's own server, `python -m llama_cpp.server`: one sequence at a time, one request after another.
 
-The llama_cpp that it imports is the very one that llmsite runs; what else it imports is in the environment of the peers.
+The llama_cpp that it imports is the one that llmsite runs; what else it imports is in the environment of the peers.
 """
 
 from __future__ import annotations

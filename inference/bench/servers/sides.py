@@ -180,7 +180,7 @@ def _our_side(arm: Arm, ours: site.Site) -> Side:
 
 
 def _idle(roots: Mapping[str, int], say: Say) -> dict[str, float]:
-    """Share of a processor that each server uses by itself. Raises NotStarted where a peer's would spoil the others'."""
+    """Share of a processor that each server uses by itself. Raises NotStarted where a peer is not idle."""
     say("checking that idle servers are idle")
     before = {name: footprint.costs(pid) for name, pid in roots.items()}
     started = time.monotonic()
@@ -192,7 +192,9 @@ def _idle(roots: Mapping[str, int], say: Say) -> dict[str, float]:
     }
     busy = [name for name, share in shares.items() if name != SIDE and share > MOST_IDLE_SHARE]
     if busy:
-        raise NotStarted(f"{busy[0]} uses {shares[busy[0]]:.0%} of a processor while idle: nothing else can be measured")
+        raise NotStarted(
+            f"{busy[0]} uses {shares[busy[0]]:.0%} of a processor while idle: nothing else can be measured"
+        )
     return shares
 
 

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -134,6 +134,10 @@ def run_streams(job: StreamJob) -> StreamResult:
 # In the child
 
 
+def _nobody() -> None:
+    """Nobody waits for events."""
+
+
 class StampedConnection(Connection):
     """Notes when how many bytes of the body had arrived, and counts events as they come."""
 
@@ -142,7 +146,7 @@ class StampedConnection(Connection):
         self.stamps: list[tuple[int, float]] = []
         self.num_bytes = 0
         self.num_events = 0
-        self.on_events = lambda: None
+        self.on_events: Callable[[], None] = _nobody
 
     def on_body(self, body: bytes) -> None:
         self.num_bytes += len(body)
@@ -277,7 +281,9 @@ class _Said:
     def problem(self, num_tokens: int, dialect: str) -> str | None:
         """Why this is not what was asked for. The openai dialect does not count tokens: it says why it ended."""
         if dialect == "openai":
-            return None if self.finish == "length" and self.num_tokens else f"it ended by {self.finish!r}, not by length"
+            return (
+                None if self.finish == "length" and self.num_tokens else f"it ended by {self.finish!r}, not by length"
+            )
         if self.finish != "limit":
             return f"it ended by {self.finish!r}, not by its limit"
         if self.counted != num_tokens or self.num_tokens != num_tokens:
@@ -300,9 +306,7 @@ def _events(body: bytes, stamps: list[tuple[int, float]]) -> Iterator[tuple[dict
 
 def main() -> None:
     given = json.load(sys.stdin)
-    clients = [
-        Client(**{**client, "turns": [Turn(**turn) for turn in client["turns"]]}) for client in given["clients"]
-    ]
+    clients = [Client(**{**client, "turns": [Turn(**turn) for turn in client["turns"]]}) for client in given["clients"]]
     gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         result = runner.run(_Job(StreamJob(**{**given, "clients": clients})).run())

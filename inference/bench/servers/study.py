@@ -22,7 +22,7 @@ from inference.bench.servers.workloads import PYTHON, Arm, Workload
 
 ROUNDS = 3
 QUICK_DIVISOR = 2
-STARTING_SECONDS = 1.0
+WARM_UP_CLIENTS = 8
 NOT_AVAILABLE = "not available: this llmsite has no drafts by prompt lookup"
 
 
@@ -153,11 +153,11 @@ def _order(options: Options, chosen: Sequence[Workload]) -> Iterator[tuple[int, 
 
 
 def _warm_up(servers: sides.Sides, say: Say) -> None:
-    """Every server and every model answers once: what is made at the first request is made."""
+    """Every server and every model answers eight at once: what is made at the first requests is made."""
     say("warming up")
     client = Client(role="stream", turns=[Turn(prompt="The first morning of the year was", num_tokens=8)] * 2)
     for side in servers.by_arm.values():
-        run_streams(side.job([client]))
+        run_streams(side.job([client] * WARM_UP_CLIENTS))
 
 
 def _measure(servers: sides.Sides, options: Options, number: int, workload: Workload, arm: Arm) -> Cell:

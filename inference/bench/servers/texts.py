@@ -11,7 +11,20 @@ GUESTS = ("sailor", "baker", "clockmaker", "gardener", "painter", "weaver", "mil
 THINGS = ("lamps", "maps", "ropes", "kettles", "carpets", "ladders", "violins", "barrels", "mirrors", "candles")
 PLACES = ("harbour", "mill", "market", "bridge", "library", "garden", "station", "tower", "bakery", "school")
 MOODS = ("calm", "cheerful", "careful", "brief", "formal", "curious", "patient", "plain", "friendly", "precise")
-SUBJECTS = ("rivers", "clocks", "bread", "bridges", "winter", "maps", "glass", "salt", "kites", "wells", "paper", "bells")
+SUBJECTS = (
+    "rivers",
+    "clocks",
+    "bread",
+    "bridges",
+    "winter",
+    "maps",
+    "glass",
+    "salt",
+    "kites",
+    "wells",
+    "paper",
+    "bells",
+)
 QUESTIONS = (
     "Where do the boats go in winter?",
     "How should I store a barrel?",
@@ -28,18 +41,18 @@ QUESTIONS = (
 )
 CLOCKS = (
     "The museum of clocks opens at eleven on Tuesdays and closes when the last visitor has wound the great pendulum. "
-    "Tickets cost seven francs, children pay three, and anyone who brings a broken watch may enter free if they promise "
-    "to take it home repaired."
+    "Tickets cost seven francs, children pay three, and anyone who brings a broken watch may enter free if they "
+    "promise to take it home repaired."
 )
 BREAD = (
-    "To make the dark bread of the valley, mix six cups of rye flour with three cups of warm water and leave it under a "
-    "cloth for two days. Add salt, caraway and a spoon of honey, knead the dough until it no longer sticks, and bake it "
-    "in a clay pot for ninety minutes."
+    "To make the dark bread of the valley, mix six cups of rye flour with three cups of warm water and leave it under "
+    "a cloth for two days. Add salt, caraway and a spoon of honey, knead the dough until it no longer sticks, and bake "
+    "it in a clay pot for ninety minutes."
 )
 RIVERS = (
     "Rivers that cross the plain change their beds every spring, so the villages are built on wheels. When the water "
-    "rises, oxen pull the houses to the hill; when it falls, they pull them back, and the children count how many houses "
-    "have changed their place."
+    "rises, oxen pull the houses to the hill; when it falls, they pull them back, and the children count how many "
+    "houses have changed their place."
 )
 COPIED = (f"{BREAD} {RIVERS}", f"{CLOCKS} {BREAD}")
 """Passages that the demo model copies word for word once it has seen them twice."""
@@ -55,12 +68,12 @@ RULES_OF_1500_TOKENS = 64
 def story(number: int, part: int) -> str:
     """A short prompt that was never asked before."""
     subject = SUBJECTS[part % len(SUBJECTS)]
-    return f"Volume {number + 1}, part {part + 1}, is a long story about {subject}. It begins in a small town where"
+    return f"{subject.title()}, part {part + 1} of volume {number + 1}. This long story begins in a small town where"
 
 
 def house_rules(number: int, num_rules: int, topic: str) -> str:
     """A long prompt of so many rules, about 23 tokens each; it differs from the first word on."""
-    chance = Random(f"{topic} {number}")  # noqa: S311 - the same texts in every run, nothing secret
+    chance = Random(f"{topic} {number}")  # the same texts in every run
     rules = (
         f"{index + 1}. When a {chance.choice(GUESTS)} asks about {chance.choice(THINGS)} near the "
         f"{chance.choice(PLACES)}, be {chance.choice(MOODS)} and answer in {chance.randint(2, 9)} sentences."

@@ -96,7 +96,10 @@ def long_prompt(number: int, divisor: int) -> list[Client]:
     """Four streams under way, and a long prompt that comes when each has had eight tokens."""
     long = texts.house_rules(number, texts.RULES_OF_1500_TOKENS, "Handbook") + texts.question(0)
     running = stories(number, divisor, clients=4, turns=1, num_tokens=160, offset=60)
-    return [*(replace(each, role="running") for each in running), Client(role="long", turns=[Turn(prompt=long, num_tokens=16 // divisor)], waits_for=8)]
+    return [
+        *(replace(each, role="running") for each in running),
+        Client(role="long", turns=[Turn(prompt=long, num_tokens=16 // divisor)], waits_for=8),
+    ]
 
 
 def copied(number: int, divisor: int) -> list[Client]:
@@ -145,9 +148,27 @@ def lookup_arms(variant: str) -> tuple[Arm, ...]:
 
 
 WORKLOADS: tuple[Workload, ...] = (
-    Workload(name="one", letter="a", title="1 stream", arms=(OURS, THEIRS, PYTHONS), build=partial(stories, clients=1, turns=3, num_tokens=96, offset=0)),
-    Workload(name="four", letter="b", title="4 streams", arms=(OURS, THEIRS, PYTHONS), build=partial(stories, clients=4, turns=1, num_tokens=96, offset=10)),
-    Workload(name="eight", letter="b", title="8 streams", arms=(OURS, THEIRS, PYTHONS), build=partial(stories, clients=8, turns=1, num_tokens=64, offset=20)),
+    Workload(
+        name="one",
+        letter="a",
+        title="1 stream",
+        arms=(OURS, THEIRS, PYTHONS),
+        build=partial(stories, clients=1, turns=3, num_tokens=96, offset=0),
+    ),
+    Workload(
+        name="four",
+        letter="b",
+        title="4 streams",
+        arms=(OURS, THEIRS, PYTHONS),
+        build=partial(stories, clients=4, turns=1, num_tokens=96, offset=10),
+    ),
+    Workload(
+        name="eight",
+        letter="b",
+        title="8 streams",
+        arms=(OURS, THEIRS, PYTHONS),
+        build=partial(stories, clients=8, turns=1, num_tokens=64, offset=20),
+    ),
     Workload(
         name="shared",
         letter="c",
