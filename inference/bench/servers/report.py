@@ -183,9 +183,9 @@ def _method_lines(study: Study) -> list[str]:
     return [
         "## How it was measured",
         "",
-        f"- {options.rounds} rounds over all workloads, {study.seconds / 60:.0f} minutes; within a workload the sides take",
-        "  turns, forwards in odd rounds and backwards in even ones. All servers run, one at a time is asked; that idle",
-        "  ones use no processor is checked.",
+        f"- {options.rounds} rounds over all workloads, {study.seconds / 60:.0f} minutes; within a workload the sides",
+        "  take turns, forwards in odd rounds and backwards in even ones. All servers run, one at a time is asked; that",
+        "  idle ones use no processor is checked.",
         f"- Both have {SLOTS} slots of {CONTEXT} tokens and {study.threads} threads; llama-server's other options are",
         "  its defaults. `llama_cpp.server` has one sequence, and answers one request after another.",
         "- llmsite runs as delivered, all accounting on, on SQLite and the embedded Valkey; its key has limits that",
