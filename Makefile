@@ -17,7 +17,7 @@ DEPLOYED := env HOST=0.0.0.0 STATE_DIR=.state/check ALLOWED_HOSTS=llm.example.or
 .PHONY: help run install dev test check bench bench-engine lock up down clean
 
 help: ## List the verbs.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 run: install ## Serve a real model with demo tenants on http://127.0.0.1:8000 (PORT, HOST).
 	@exec $(VENV_PYTHON) manage.py up --demo

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ START_SECONDS = 90
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """Prompt lookup: how many of the last tokens must have stood before, and tokens of a draft. None: the default."""
+
+    match_tokens: int | None = None
+    draft_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What both sides have in common. context: tokens of one slot."""
 
@@ -31,8 +39,7 @@ class Setup:
     context: int
     threads: int
     adapters: tuple[Path, ...] = ()
-    draft_tokens: int = 0
-    """Prompt lookup with drafts of so many tokens; 0: without."""
+    lookup: Lookup | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +65,7 @@ def arguments(setup: Setup, port: int) -> dict[str, Any]:
         "n_ctx": setup.slots * setup.context,
         "n_threads": setup.threads,
         "adapters": [str(path) for path in setup.adapters],
-        "draft_tokens": setup.draft_tokens,
+        "lookup": setup.lookup and asdict(setup.lookup),
     }
 
 

@@ -26,9 +26,11 @@ def main(asked: dict[str, Any]) -> None:
     params.cpuparams_batch.n_threads = asked["n_threads"]
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in asked["adapters"]]
     params.lora_init_without_apply = True  # requests name them
-    if asked["draft_tokens"]:
+    if asked["lookup"]:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
-        params.speculative.ngram_simple.size_m = asked["draft_tokens"]
+        sizes = params.speculative.ngram_simple
+        sizes.size_n = asked["lookup"]["match_tokens"] or sizes.size_n
+        sizes.size_m = asked["lookup"]["draft_tokens"] or sizes.size_m
     print(f"{BUILD}{json.dumps(_build(xllamacpp))}", flush=True)
     server = xllamacpp.Server(params)
     print(f"listening on {server.listening_address}", flush=True)

@@ -15,7 +15,7 @@ from inference.bench.figures import PACK_UNIT_SECONDS, Spread, pack, thin
 from inference.bench.page import grid
 from inference.bench.report import FORMAT, rounded
 from inference.bench.servers import verdicts
-from inference.bench.servers.sides import CONTEXT, DRAFT_TOKENS, SLOTS
+from inference.bench.servers.sides import CONTEXT, LOOKUP, SLOTS
 from inference.bench.servers.study import Cell, Study
 from inference.bench.servers.workloads import PEER, PYTHON, SIDE
 from inference.bench.tables import table, verdict
@@ -74,7 +74,7 @@ def to_json(study: Study, described: dict[str, object], measured_at: datetime) -
             "slots": SLOTS,
             "context": CONTEXT,
             "threads": study.threads,
-            "draft_tokens": DRAFT_TOKENS,
+            "lookup": asdict(LOOKUP),
             "idle_cpu": study.idle_cpu,
             "seconds": study.seconds,
             "notes": study.notes,
@@ -184,7 +184,7 @@ def _method_lines(study: Study) -> list[str]:
         "## How it was measured",
         "",
         f"- {options.rounds} rounds over all workloads, {study.seconds / 60:.0f} minutes; within a workload the sides",
-        "  take turns, forwards in odd rounds and backwards in even ones. All servers run, one at a time is asked; that",
+        "  take turns, forwards in odd rounds, backwards in even ones. All servers run, one at a time is asked; that",
         "  idle ones use no processor is checked.",
         f"- Both have {SLOTS} slots of {CONTEXT} tokens and {study.threads} threads; llama-server's other options are",
         "  its defaults. `llama_cpp.server` has one sequence, and answers one request after another.",
@@ -194,7 +194,8 @@ def _method_lines(study: Study) -> list[str]:
         "  other ones in the next, temperature 0, `ignore_eos`, a fixed number of tokens. A wrong status, a wrong",
         "  number of tokens, or prompts of different lengths end the run.",
         "- First token: from sending the request to its arrival. Gap: between two arrivals of tokens in one stream.",
-        f"- Prompt lookup: drafts of up to {DRAFT_TOKENS} tokens on both sides; llama-server's is `ngram-simple`.",
+        f"- Prompt lookup, on both sides: {LOOKUP.match_tokens} tokens that stood before, drafts of up to",
+        f"  {LOOKUP.draft_tokens}. llama-server's is `ngram-simple`, and measured as it comes, too.",
         "- Tokens a second: of all clients, from the first request to the end of the last answer, prompts included.",
         "",
         "Builds differ: llmsite's llama.cpp is compiled on the machine that runs it, xllamacpp's for all processors of",

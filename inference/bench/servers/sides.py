@@ -18,22 +18,38 @@ from inference.bench import calls, footprint, site
 from inference.bench.children import NotStarted
 from inference.bench.environments import Say
 from inference.bench.servers import llama_server, python_server, variants
-from inference.bench.servers.llama_server import Setup
+from inference.bench.servers.llama_server import Lookup, Setup
 from inference.bench.servers.streams import Client, StreamJob, Turn
-from inference.bench.servers.workloads import ADAPTERS, PEER, PYTHON, Q4_0, Q8_0, SHIPPED, SIDE, Arm, Workload
+from inference.bench.servers.workloads import (
+    ADAPTERS,
+    ALIKE,
+    AS_IT_COMES,
+    NONE,
+    PEER,
+    PYTHON,
+    Q4_0,
+    Q8_0,
+    SHIPPED,
+    SIDE,
+    Arm,
+    Workload,
+)
 from inference.models_yaml import Options
 from llmsite.demo import ADAPTERS as DEMO_ADAPTERS
 from llmsite.demo import MODEL_NAME, demo_model_path
 
 CONTEXT = 2048
 SLOTS = 8
-DRAFT_TOKENS = 8
+LOOKUP = Lookup(match_tokens=3, draft_tokens=16)
+"""llmsite's own settings; llama-server is told them where both are to be alike."""
 NO_END = {"logit_bias": {"0": -100.0, "2": -100.0}}
 """The demo model's tokens that end a text, for a server without `ignore_eos`."""
 IDLE_SECONDS = 2.0
 MOST_IDLE_SHARE = 0.02
 """Of one processor, used by a peer that nobody asks anything."""
 LOOKUP_FIELD = "draft_kind"
+WITH_LOOKUP = "-lookup"
+"""A model of its own for each variant: the one without drafts is what it would be without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +127,7 @@ def running(scratch: Path, workloads: Sequence[Workload], threads: int, say: Say
         builds: dict[str, Any] = {SIDE: variants.build()}
         roots = {SIDE: ours.pid}
         for arm in sorted((arm for arm in arms if arm.server != SIDE), key=str):
-            name = f"{arm.server} {arm.variant}{' drafts' if arm.drafts else ''}"
+            name = f"{arm.server} {arm.variant} {arm.drafts}".strip()
             say(f"starting {name}")
             setup = _setup(arm, files, threads)
             if arm.server == PEER:
@@ -143,7 +159,7 @@ def _setup(arm: Arm, files: Mapping[str, Path], threads: int) -> Setup:
         context=CONTEXT,
         threads=threads,
         adapters=adapter_files() if arm.variant == SHIPPED else (),
-        draft_tokens=DRAFT_TOKENS if arm.drafts else 0,
+        lookup={NONE: None, ALIKE: LOOKUP, AS_IT_COMES: Lookup()}[arm.drafts],
     )
 
 
@@ -154,19 +170,18 @@ def models_yaml(files: Mapping[str, Path], threads: int) -> dict[str, Any]:
         {"name": name, "path": str(path), "visibility": "shared"}
         for name, path in zip(names, adapter_files(), strict=True)
     ]
-    lookup = {LOOKUP_FIELD: "prompt_lookup", "draft_n_max": DRAFT_TOKENS} if can_look_up() else {}
-    models = [
-        {"id": MODEL_NAME, "path": str(files[SHIPPED]), "adapters": adapters},
-        *({"id": kind, "path": str(path), **lookup} for kind, path in files.items() if kind != SHIPPED),
-    ]
+    variants_of = {kind: str(path) for kind, path in files.items() if kind != SHIPPED}
+    models: list[dict[str, Any]] = [{"id": MODEL_NAME, "path": str(files[SHIPPED]), "adapters": adapters}]
+    models += [{"id": kind, "path": path} for kind, path in variants_of.items()]
+    if can_look_up():
+        lookup = {LOOKUP_FIELD: "prompt_lookup", "draft_n_max": LOOKUP.draft_tokens}
+        models += [{"id": kind + WITH_LOOKUP, "path": path, **lookup} for kind, path in variants_of.items()]
     options = {"n_ctx": CONTEXT, "n_slots": SLOTS, "n_threads": threads, "load_mode": "eager"}
     return {"default_model": MODEL_NAME, "defaults": options, "models": models}
 
 
 def _our_side(arm: Arm, ours: site.Site) -> Side:
-    fields: dict[str, Any] = {"model": MODEL_NAME if arm.variant == SHIPPED else arm.variant}
-    if arm.variant != SHIPPED and can_look_up() and not arm.drafts:
-        fields["speculative"] = False
+    model = MODEL_NAME if arm.variant == SHIPPED else arm.variant + (WITH_LOOKUP if arm.drafts else "")
     known = calls.call(ours.port, "GET", "/lora-adapters", key=ours.key).json()
     ids = {Path(adapter["path"]).stem: int(adapter["id"]) for adapter in known}
     return Side(
@@ -174,7 +189,7 @@ def _our_side(arm: Arm, ours: site.Site) -> Side:
         port=ours.port,
         pid=ours.pid,
         headers={"Authorization": f"Bearer {ours.key}"},
-        fields=fields,
+        fields={"model": model},
         adapters=[ids[name] for name in DEMO_ADAPTERS],
     )
 

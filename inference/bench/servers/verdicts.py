@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from inference.bench.digest import Target
 from inference.bench.figures import Spread, percentile, ratio
 from inference.bench.servers.study import NOT_AVAILABLE, Cell, Study
-from inference.bench.servers.workloads import PEER, PYTHON, Q4_0, Q8_0, SIDE, Workload
+from inference.bench.servers.workloads import ALIKE, AS_IT_COMES, PEER, PYTHON, Q4_0, Q8_0, SIDE, Workload
 
-LOOKUP = ", prompt lookup"
+LOOKUP = f", {ALIKE}"
+AS_COMES = f", {AS_IT_COMES}"
 NOT_MEASURED = "not measured"
+
+PAIRS = (
+    (SIDE, PEER),
+    (SIDE, PYTHON),
+    (SIDE + LOOKUP, PEER + LOOKUP),
+    (SIDE + LOOKUP, PEER + AS_COMES),
+    (SIDE + LOOKUP, SIDE),
+    (PEER + LOOKUP, PEER),
+)
+"""Arms that are compared where a workload has both."""
 
 Figure = Callable[[Cell], float]
 
@@ -219,8 +230,7 @@ def ratios(study: Study) -> list[Ratio]:
 
 def _pairs(workload: Workload) -> list[tuple[str, str]]:
     names = {arm.name for arm in workload.arms}
-    pairs = [(SIDE, PEER), (SIDE, PYTHON), (SIDE + LOOKUP, PEER + LOOKUP), (SIDE + LOOKUP, SIDE), (PEER + LOOKUP, PEER)]
-    return [pair for pair in pairs if names.issuperset(pair)]
+    return [pair for pair in PAIRS if names.issuperset(pair)]
 
 
 def _ratio(study: Study, workload: Workload, ours: str, theirs: str) -> Ratio:

@@ -18,6 +18,8 @@ ADAPTERS = "adapters"
 SIDE, PEER, PYTHON = "llmsite", "llama-server", "llama_cpp.server"
 SHIPPED, Q4_0, Q8_0 = "shipped", "q4_0", "q8_0"
 PENALTY = {"repeat_penalty": 1.3, "repeat_last_n": 256}
+NONE, ALIKE, AS_IT_COMES = "", "prompt lookup", "prompt lookup as it comes"
+"""Drafts of an arm: none; with the same settings on both sides; with the peer's own defaults."""
 WITHOUT_CACHE = {"cache_prompt": False}
 """The cells of a workload ask for the same twice: nothing is kept from one to the next."""
 
@@ -27,12 +29,12 @@ Build = Callable[[int, int], list[Client]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One column of a workload: which server, with which variant of the model, with or without prompt lookup."""
+    """One column of a workload: which server, with which variant of the model, which drafts."""
 
     name: str
     server: str
     variant: str = SHIPPED
-    drafts: bool = False
+    drafts: str = NONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +143,8 @@ def chats(number: int, divisor: int) -> list[Client]:
 
 def lookup_arms(variant: str) -> tuple[Arm, ...]:
     return tuple(
-        Arm(name=f"{server}{', prompt lookup' if drafts else ''}", server=server, variant=variant, drafts=drafts)
-        for server in (SIDE, PEER)
-        for drafts in (False, True)
+        Arm(name=f"{server}, {drafts}" if drafts else server, server=server, variant=variant, drafts=drafts)
+        for server, drafts in ((SIDE, NONE), (SIDE, ALIKE), (PEER, NONE), (PEER, ALIKE), (PEER, AS_IT_COMES))
     )
 
 
