@@ -243,9 +243,14 @@ def test_both_servers_are_told_the_same_sizes(tmp_path: Path) -> None:
     lookup = llama_server.arguments(replace(setup, lookup=sides.LOOKUP), 1234)["lookup"]
     assert lookup == {"match_tokens": 3, "draft_tokens": 16}
     assert {"--n_ctx", "2048", "--n_threads"} < set(python_server.arguments(setup, 1234))
-    models = sides.models_yaml({"shipped": tmp_path / "m.gguf", "q4_0": tmp_path / "q.gguf"}, 2)
+    arms = [Arm(name="", server=SIDE, variant="q4_0", drafts=drafts) for drafts in ("", ALIKE)]
+    models = sides.models_yaml({"shipped": tmp_path / "m.gguf", "q4_0": tmp_path / "q.gguf"}, arms, 2)
     assert models["defaults"] == {"n_ctx": 2048, "n_slots": 8, "n_threads": 2, "load_mode": "eager"}
     assert [adapter["visibility"] for adapter in models["models"][0]["adapters"]] == ["shared", "shared"]
+    assert [(model["id"], model.get("draft_kind")) for model in models["models"][1:]] == [
+        ("q4_0", None),
+        ("q4_0-lookup", "prompt_lookup"),
+    ]
 
 
 STUB = """#!{python}

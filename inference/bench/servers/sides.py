@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,9 +121,13 @@ def running(scratch: Path, workloads: Sequence[Workload], threads: int, say: Say
         say("starting llmsite with the demo model")
         (folder := scratch / "llmsite").mkdir()
         models = folder / "models.yaml"
-        models.write_text(json.dumps(models_yaml(files, threads)))
-        ours = stack.enter_context(site.running(folder, engine="llama", models_yaml=models))
-        by_arm = {arm: _our_side(arm, ours) for arm in arms if arm.server == SIDE and (can_look_up() or not arm.drafts)}
+        asked = {arm for arm in arms if arm.server == SIDE and (can_look_up() or not arm.drafts)}
+        registry = models_yaml(files, asked, threads)
+        models.write_text(json.dumps(registry))
+        ours = stack.enter_context(
+            site.running(folder, engine="llama", models_yaml=models, num_models=len(registry["models"]))
+        )
+        by_arm = {arm: _our_side(arm, ours) for arm in asked}
         builds: dict[str, Any] = {SIDE: variants.build()}
         roots = {SIDE: ours.pid}
         for arm in sorted((arm for arm in arms if arm.server != SIDE), key=str):
@@ -163,25 +167,29 @@ def _setup(arm: Arm, files: Mapping[str, Path], threads: int) -> Setup:
     )
 
 
-def models_yaml(files: Mapping[str, Path], threads: int) -> dict[str, Any]:
+def models_yaml(files: Mapping[str, Path], asked: Iterable[Arm], threads: int) -> dict[str, Any]:
     """The registry of the benchmark's llmsite: the demo model with its adapters for everybody, and its variants."""
     names = list(DEMO_ADAPTERS)
     adapters = [
         {"name": name, "path": str(path), "visibility": "shared"}
         for name, path in zip(names, adapter_files(), strict=True)
     ]
-    variants_of = {kind: str(path) for kind, path in files.items() if kind != SHIPPED}
+    lookup = {LOOKUP_FIELD: "prompt_lookup", "draft_n_max": LOOKUP.draft_tokens}
     models: list[dict[str, Any]] = [{"id": MODEL_NAME, "path": str(files[SHIPPED]), "adapters": adapters}]
-    models += [{"id": kind, "path": path} for kind, path in variants_of.items()]
-    if can_look_up():
-        lookup = {LOOKUP_FIELD: "prompt_lookup", "draft_n_max": LOOKUP.draft_tokens}
-        models += [{"id": kind + WITH_LOOKUP, "path": path, **lookup} for kind, path in variants_of.items()]
+    models += [
+        {"id": _model_of(arm), "path": str(files[arm.variant]), **(lookup if arm.drafts else {})}
+        for arm in sorted(asked, key=str)
+        if arm.variant != SHIPPED
+    ]
     options = {"n_ctx": CONTEXT, "n_slots": SLOTS, "n_threads": threads, "load_mode": "eager"}
     return {"default_model": MODEL_NAME, "defaults": options, "models": models}
 
 
+def _model_of(arm: Arm) -> str:
+    return MODEL_NAME if arm.variant == SHIPPED else arm.variant + (WITH_LOOKUP if arm.drafts else "")
+
+
 def _our_side(arm: Arm, ours: site.Site) -> Side:
-    model = MODEL_NAME if arm.variant == SHIPPED else arm.variant + (WITH_LOOKUP if arm.drafts else "")
     known = calls.call(ours.port, "GET", "/lora-adapters", key=ours.key).json()
     ids = {Path(adapter["path"]).stem: int(adapter["id"]) for adapter in known}
     return Side(
@@ -189,7 +197,7 @@ def _our_side(arm: Arm, ours: site.Site) -> Side:
         port=ours.port,
         pid=ours.pid,
         headers={"Authorization": f"Bearer {ours.key}"},
-        fields={"model": model},
+        fields={"model": _model_of(arm)},
         adapters=[ids[name] for name in DEMO_ADAPTERS],
     )
 
