@@ -157,7 +157,7 @@ def _warm_up(servers: sides.Sides, say: Say) -> None:
     say("warming up")
     client = Client(role="stream", turns=[Turn(prompt="The first morning of the year was", num_tokens=8)] * 2)
     for side in servers.by_arm.values():
-        run_streams(side.job([client] * WARM_UP_CLIENTS))
+        _ask(side, [client] * WARM_UP_CLIENTS, "warming up", side.arm.server)
 
 
 def _measure(servers: sides.Sides, options: Options, number: int, workload: Workload, arm: Arm) -> Cell:
@@ -165,12 +165,17 @@ def _measure(servers: sides.Sides, options: Options, number: int, workload: Work
     assert side is not None
     clients = workload.build(number, QUICK_DIVISOR if options.quick else 1)
     before = footprint.costs(side.pid)
-    try:
-        result = run_streams(side.job(clients))
-    except LoadFailed as error:
-        raise LoadFailed(f"{workload.title}, {arm.name}: {error}") from error
+    result = _ask(side, clients, workload.title, arm.name)
     used = footprint.cpu_seconds_by_name(before, footprint.costs(side.pid))
     return cell_of(result, workload, arm.name, number, used)
+
+
+def _ask(side: sides.Side, clients: Sequence[Client], what: str, who: str) -> StreamResult:
+    """Raises LoadFailed with what was asked of whom."""
+    try:
+        return run_streams(side.job(clients))
+    except LoadFailed as error:
+        raise LoadFailed(f"{what}, {who}: {error}") from error
 
 
 def cell_of(result: StreamResult, workload: Workload, arm: str, number: int, used: dict[str, float]) -> Cell:
