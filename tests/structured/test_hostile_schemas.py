@@ -51,7 +51,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
         "properties": {f"p{i}": {"$ref": "#/$defs/e"} for i in range(200)},
     },
     "an enum of long values": {"enum": [[i, {"a": [i] * 5}] for i in range(300)]},
-    "alternatives doubled": _nested(14),
+    "arrays in arrays": _nested(14),
     "objects merged 300 times": {
         "$defs": {"e": {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(300)}}},
         "allOf": [{"$ref": "#/$defs/e"} for _ in range(300)],
