@@ -253,6 +253,7 @@ def test_response_fields_select(site: InProcessSite) -> None:
     assert body["generation_settings/n_predict"] == 8
     last = stream(alice, response_fields=["stop_type"])[-1]
     assert last == {"stop_type": "limit"}
+    assert complete(alice, "one two", response_fields=[]).json()["prompt"] == "one two"
     error_of(complete(alice, response_fields=["content"] * 65), 400)
 
 
