@@ -41,7 +41,6 @@ STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
 NO_DRAFTS = DraftTerms()
-
 DRIFT_WEIGHT = 0.2
 """How much the latest step counts for how far reality is from the measured cost curve."""
 
@@ -186,7 +185,7 @@ class Engine:
         plan = schedule(self._view())
         self._seat(plan.seats)
         if work := self._start(plan, now):
-            executed = self._clock() if plan.num_drafted else now
+            executed = self._clock() if plan.num_drafted else now  # the cost curve knows nothing of guessing
             outputs = self._backend.execute(list(work.values()), plan.adapters)
             self._take_turn(plan.adapters, self._clock() - now)
             self._commit(work, outputs, started=now, executed=executed)
@@ -361,7 +360,7 @@ class Engine:
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
             if part.num_drafted:
-                num_accepted = max(0, len(chosen.tokens) - 1)
+                num_accepted = max(len(chosen.tokens) - 1, 0)  # none was chosen where choosing failed
                 sequence.count_draft(part.num_drafted, num_accepted)
                 self._counters.count_draft(part.num_drafted, num_accepted)
             if chosen.tokens:
