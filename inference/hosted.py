@@ -18,7 +18,7 @@ from inference import adapters
 from inference.adapter_shelf import AdapterShelf
 from inference.adapters import AdapterFile
 from inference.engine.backend import Backend
-from inference.engine.runner import EngineRunner
+from inference.engine.lanes import Runner, run_in_lanes
 from inference.engine.stats import EngineStats
 from inference.engine.types import EngineError, EventSink, GenerationRequest
 from inference.registry import Served
@@ -75,7 +75,7 @@ def _progress(name: str) -> Callable[[float], None]:
 
 def fingerprint(served: Served) -> tuple[Any, ...]:
     """What cannot change while a model is loaded."""
-    options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
+    options = (served.n_ctx, served.n_slots, served.n_lanes, served.n_threads, served.n_gpu_layers, served.kv_type)
     return (served.digest, str(served.path), *options)
 
 
@@ -93,7 +93,7 @@ class HostedModel:
         self.failed_at: float | None = None
         self.used_at = time.monotonic()
         self._load, self._sink = load, sink
-        self._runner: EngineRunner | None = None
+        self._runner: Runner | None = None
         self._loading = threading.Lock()
 
     @property
@@ -112,7 +112,7 @@ class HostedModel:
     def is_idle(self) -> bool:
         return self.num_busy == 0
 
-    def runner(self) -> EngineRunner:
+    def runner(self) -> Runner:
         """The running engine, loaded if it is not. Raises EngineError."""
         runner = self._runner
         if runner is None:
@@ -130,7 +130,7 @@ class HostedModel:
         if runner is not None and self.state is State.READY:
             self._adapters.follow(runner)
 
-    def load(self) -> EngineRunner:
+    def load(self) -> Runner:
         """Load it now; a second caller waits for the first. Raises EngineError with what the operator must know."""
         with self._loading:
             if self._runner is not None:
@@ -141,7 +141,8 @@ class HostedModel:
             started = time.monotonic()
             logger.info("loading %s from %s", self.served.name, self.served.path)
             try:
-                runner = EngineRunner(self._load(self.served), sink=self._sink, on_crash=self._crashed)
+                backend = self._load(self.served)
+                runner = run_in_lanes(backend, self.served.n_lanes, sink=self._sink, on_crash=self._crashed)
             except Exception as error:
                 self._fail(f"{self.served.name} could not be loaded: {error}")
                 raise EngineError(UNAVAILABLE, self.error) from error

@@ -5,7 +5,9 @@ Written by the engine's thread alone; other threads read a snapshot, whose field
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from inference.engine.costs import CostCurve
 
@@ -36,6 +38,14 @@ class EngineStats:
     num_switches: int
     num_adapters: int
     cost_curve: CostCurve
+
+
+def combined(parts: Sequence[EngineStats]) -> EngineStats:
+    """The engines of one model as one. They have their adapters and their cost curve in common."""
+    shared: dict[str, Any] = {"num_adapters": parts[0].num_adapters, "cost_curve": parts[0].cost_curve}
+    shared["last_step_at"] = max((part.last_step_at for part in parts if part.last_step_at is not None), default=None)
+    totals = [field.name for field in fields(EngineStats) if field.name not in shared]
+    return replace(parts[0], **shared, **{name: sum(getattr(part, name) for part in parts) for name in totals})
 
 
 @dataclass(slots=True)
