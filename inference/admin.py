@@ -139,6 +139,7 @@ class ServedModelForm(ServedModelFormBase):
             "path": "Path of the file",
             "n_ctx": "Context of one slot",
             "n_slots": "Slots",
+            "n_lanes": "Lanes",
             "n_threads": "Threads",
             "n_gpu_layers": "Layers on the GPU",
             "kv_type": "Type of the key-value cache",
@@ -218,7 +219,7 @@ class ServedModelAdmin(ModelAdmin):
             "How it is served",
             {
                 "fields": (
-                    ("n_ctx", "n_slots"),
+                    ("n_ctx", "n_slots", "n_lanes"),
                     ("n_threads", "n_gpu_layers"),
                     ("kv_type", "pool"),
                     ("load_mode", "keep_alive_seconds"),
@@ -355,7 +356,9 @@ class ServedModelAdmin(ModelAdmin):
 
 
 def _estimate(row: ServedModel) -> registry.MemoryEstimate:
-    return registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    return registry.estimate_memory(
+        row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type, n_lanes=row.n_lanes
+    )
 
 
 def _fact(value: Any) -> str:

@@ -67,6 +67,11 @@ class ServedModel(models.Model):
     n_slots = models.PositiveSmallIntegerField(
         default=8, validators=[MinValueValidator(1), MaxValueValidator(256)], help_text="Sequences decoded at once."
     )
+    n_lanes = models.PositiveSmallIntegerField(
+        default=1,
+        validators=[MinValueValidator(1), MaxValueValidator(16)],
+        help_text="Adapter vectors computed side by side. Each lane needs the key-value memory of all slots.",
+    )
     n_threads = models.PositiveSmallIntegerField(
         null=True,
         blank=True,
@@ -91,6 +96,7 @@ class ServedModel(models.Model):
                 fields=["is_default"], condition=Q(is_default=True), name="served_model_one_default"
             ),
             models.CheckConstraint(condition=Q(n_slots__gte=1, n_ctx__gte=8), name="served_model_has_room"),
+            models.CheckConstraint(condition=Q(n_lanes__gte=1, n_lanes__lte=16), name="served_model_lanes"),
         ]
 
     def __str__(self) -> str:

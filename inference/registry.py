@@ -46,6 +46,7 @@ OPTIONS = (
     "pool",
     "n_ctx",
     "n_slots",
+    "n_lanes",
     "n_threads",
     "n_gpu_layers",
     "kv_type",
@@ -81,6 +82,7 @@ class Served:
     size_bytes: int
     n_ctx: int
     n_slots: int
+    n_lanes: int = 1
     n_threads: int | None
     n_gpu_layers: int
     kv_type: str
@@ -124,6 +126,7 @@ def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = ()) -> Served
         size_bytes=row.size_bytes,
         n_ctx=row.n_ctx,
         n_slots=row.n_slots,
+        n_lanes=row.n_lanes,
         n_threads=row.n_threads,
         n_gpu_layers=row.n_gpu_layers,
         kv_type=row.kv_type,
@@ -396,13 +399,16 @@ class MemoryEstimate:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
-def estimate_memory(metadata: Mapping[str, Any], *, n_ctx: int, n_slots: int, kv_type: str) -> MemoryEstimate:
-    """From the header alone: an upper bound for models with sliding windows or recurrent layers."""
+def estimate_memory(
+    metadata: Mapping[str, Any], *, n_ctx: int, n_slots: int, kv_type: str, n_lanes: int = 1
+) -> MemoryEstimate:
+    """From the header alone: an upper bound for models with sliding windows or recurrent layers. Lanes have only the
+    weights in common."""
     room = -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP * n_slots
     elements = metadata.get("kv_elements_per_token") or 0
     scores = (metadata.get("vocabulary_size") or 0) * 4
     return MemoryEstimate(
         weights_bytes=metadata.get("tensor_bytes") or 0,
-        kv_bytes=int(room * elements * KV_BYTES[kv_type]),
-        compute_bytes=scores * (COMPUTE_BATCH + n_slots),
+        kv_bytes=n_lanes * int(room * elements * KV_BYTES[kv_type]),
+        compute_bytes=n_lanes * scores * (COMPUTE_BATCH + n_slots),
     )

@@ -16,7 +16,9 @@ from inference.models import ServedModel
 
 def as_row(row: ServedModel) -> dict[str, Any]:
     """JSON about one model, for operators."""
-    estimate = registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    estimate = registry.estimate_memory(
+        row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type, n_lanes=row.n_lanes
+    )
     return {
         "name": row.name,
         "aliases": row.aliases,
@@ -30,6 +32,7 @@ def as_row(row: ServedModel) -> dict[str, Any]:
         "trained_context": row.metadata.get("context_length"),
         "n_ctx": row.n_ctx,
         "n_slots": row.n_slots,
+        "n_lanes": row.n_lanes,
         "n_threads": row.n_threads,
         "n_gpu_layers": row.n_gpu_layers,
         "kv_type": row.kv_type,
