@@ -263,11 +263,14 @@ def test_no_lane_computes_while_adapters_come_and_go(log: EventLog, start_lanes:
             runner.load_adapter(name, adapter)
             runner.unload_adapter(name)
 
+    log.wait_started("b")
+    steps = runner.stats().num_steps
     threads = [threading.Thread(target=cycle, args=(f"new {number}",)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
+    assert runner.stats().num_steps - steps >= 120, "a step of some lane between any two of them"
     assert backend.clashes == []
     assert not log.finished
     assert runner.adapters == {"a", "b", "c"}
@@ -409,7 +412,7 @@ def test_stats_add_up(log: EventLog, start_lanes: StartLanes) -> None:
     assert stats.last_step_at is not None
 
 
-def test_the_gate_lets_steps_pass_together_and_a_closer_waits_for_them_alone() -> None:
+def test_the_gate_lets_steps_pass_together_and_whoever_waited_goes_before_the_next_closer() -> None:
     gate, seen = StepGate(), []
     inside = threading.Barrier(2, timeout=5)
 
@@ -440,4 +443,4 @@ def test_the_gate_lets_steps_pass_together_and_a_closer_waits_for_them_alone() -
         seen.append("later step")
     for thread in threads:
         thread.join(5)
-    assert seen == ["step", "step", "closed", "open", "closed", "open", "later step"]
+    assert seen == ["step", "step", "closed", "open", "later step", "closed", "open"]
