@@ -163,6 +163,7 @@ class ServedModelForm(ServedModelFormBase):
             "path": "Path of the file",
             "n_ctx": "Context of one slot",
             "n_slots": "Slots",
+            "n_lanes": "Lanes",
             "n_threads": "Threads",
             "n_gpu_layers": "Layers on the GPU",
             "kv_type": "Type of the key-value cache",
@@ -267,7 +268,7 @@ class ServedModelAdmin(ModelAdmin):
             "How it is served",
             {
                 "fields": (
-                    ("n_ctx", "n_slots"),
+                    ("n_ctx", "n_slots", "n_lanes"),
                     ("n_threads", "n_gpu_layers"),
                     ("kv_type", "context_shift"),
                     "pool",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -20,7 +21,7 @@ from inference.adapter_shelf import AdapterShelf
 from inference.adapters import AdapterFile
 from inference.engine.backend import Backend
 from inference.engine.drafting import DraftPolicy, DraftSettings
-from inference.engine.runner import EngineRunner
+from inference.engine.lanes import Runner, run_in_lanes
 from inference.engine.speculative import PromptLookup, Proposer
 from inference.engine.stats import EngineStats
 from inference.engine.types import EngineError, EventSink, GenerationRequest
@@ -109,7 +110,7 @@ def _progress(name: str) -> Callable[[float], None]:
 
 def fingerprint(served: Served) -> tuple[Any, ...]:
     """What cannot change while a model is loaded."""
-    options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
+    options = (served.n_ctx, served.n_slots, served.n_lanes, served.n_threads, served.n_gpu_layers, served.kv_type)
     drafts = (served.draft_kind, str(served.draft_path), served.draft_digest, *astuple(draft_settings(served)))
     return (served.digest, str(served.path), served.flash_attention, *options, *drafts)
 
@@ -128,7 +129,7 @@ class HostedModel:
         self.failed_at: float | None = None
         self.used_at = time.monotonic()
         self._load, self._sink = load, sink
-        self._runner: EngineRunner | None = None
+        self._runner: Runner | None = None
         self._loading = threading.Lock()
 
     @property
@@ -153,7 +154,7 @@ class HostedModel:
     def is_idle(self) -> bool:
         return self.num_busy == 0
 
-    def runner(self) -> EngineRunner:
+    def runner(self) -> Runner:
         """The running engine, loaded if it is not. Raises EngineError."""
         runner = self._runner
         if runner is None:
@@ -171,7 +172,7 @@ class HostedModel:
         if runner is not None and self.state is State.READY:
             self._adapters.follow(runner)
 
-    def load(self) -> EngineRunner:
+    def load(self) -> Runner:
         """Load it now; a second caller waits for the first. Raises EngineError with what the operator must know."""
         with self._loading:
             if self._runner is not None:
@@ -190,18 +191,13 @@ class HostedModel:
             logger.info("%s is loaded after %.1f s", self.served.name, time.monotonic() - started)
             return runner
 
-    def _start(self) -> EngineRunner:
-        backend = self._load(self.served)
-        try:
-            proposer = load_proposer(self.served, backend)
-        except BaseException:
-            backend.free()
-            raise
-        runner = EngineRunner(
-            backend,
+    def _start(self) -> Runner:
+        runner = run_in_lanes(
+            self._load(self.served),
+            self.served.n_lanes,
             sink=self._sink,
             on_crash=self._crashed,
-            proposer=proposer,
+            load_proposer=partial(load_proposer, self.served),
             draft_settings=draft_settings(self.served),
         )
         runner.start()

@@ -99,6 +99,23 @@ class Backend(Protocol):
     def cost(self) -> CostCurve: ...
 
     @property
+    def n_threads(self) -> int:
+        """Threads that computed the cost curve, and compute until set_threads says otherwise."""
+        ...
+
+    def set_threads(self, number: int) -> None:
+        """Compute the next steps with so many threads, at least 1. Between steps."""
+        ...
+
+    def sibling(self) -> Backend:
+        """Another backend on the same loaded model, with slots of its own, for another engine; nothing here changes.
+
+        It sees the adapters that are loaded in either. Each is freed on its own. Raises EngineError
+        "model_does_not_fit".
+        """
+        ...
+
+    @property
     def supports_adapters(self) -> bool: ...
 
     @property

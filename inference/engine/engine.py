@@ -92,6 +92,10 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
+    @property
+    def num_live(self) -> int:
+        return len(self._running) + len(self._waiting)
+
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that this engine could never serve. Reads constants only, so any thread may call it.
 
@@ -166,6 +170,23 @@ class Engine:
             raise EngineError("adapter_in_use", f"a live sequence uses adapter {digest}")
         if digest in self._backend.adapters:
             self._backend.unload_adapter(digest)
+
+    def num_known(self, request: GenerationRequest) -> int:
+        """How many first tokens of this prompt are computed here already, or being computed. Any thread; a guess."""
+        if request.cache_scope is None or not request.cache_prompt or not self._can_reuse:
+            return 0
+        key, prompt = (request.cache_scope, effective(request.adapters)), list(request.prompt[:-1])
+        held = (each.tokens for each in tuple(self._slots.held.values()) if each.key == key)
+        live = (
+            each.request.prompt for each in (*self._running.values(), *self._waiting.values()) if each.cache_key == key
+        )
+        return max((common_prefix(prompt, list(tokens)) for tokens in (*held, *live)), default=0)
+
+    def share_threads(self, number: int, *, before: int) -> None:
+        """Compute with so many threads from the next step on. Until steps are measured, half as many take twice as
+        long."""
+        self._backend.set_threads(number)
+        self._drift *= before / number
 
     @property
     def adapters(self) -> frozenset[str]:

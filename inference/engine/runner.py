@@ -80,7 +80,7 @@ class EngineRunner:
         self._cancels: list[str] = []
         self._errands: list[_Errand] = []
         self._is_taking = True
-        self._is_stopping = False
+        self._end_with: str | None = None
         self._is_closed = False
 
     def start(self) -> None:
@@ -146,40 +146,47 @@ class EngineRunner:
             self._is_taking = False
             return self._changed.wait_for(lambda: not self._live, timeout=max(0.0, seconds))
 
-    def stop(self) -> None:
-        """End what is live with Finished(ERROR, "worker_stopping"), join the thread, free the backend. Idempotent."""
+    def stop(self, error: str = STOPPING) -> None:
+        """End what is live with Finished(ERROR, error), join the thread, free the backend. Idempotent."""
         with self._changed:
             self._is_taking = False
-            self._is_stopping = True
+            self._end_with = self._end_with or error
             self._changed.notify_all()
         if self._thread.ident is None:
-            self._close(STOPPING)
+            self._close(error)
         elif self._thread is not threading.current_thread():
             self._thread.join()
 
     # on the engine's thread
 
     def _run(self) -> None:
-        error = STOPPING
         crash: BaseException | None = None
         try:
-            while self._take_inbox():
-                self._engine.step()
+            while self._wait_for_work():
+                self._advance()
                 self._deliver()
         except BaseException as exception:  # the thread's border: whatever it was, every sequence must end
             logger.critical("the engine has crashed", exc_info=exception)
-            error, crash = CRASHED, exception
-        self._close(error)
+            crash = exception
+        self._close(CRASHED if crash is not None else self._end_with or STOPPING)
         if crash is not None:
             self._report(crash)
 
-    def _take_inbox(self) -> bool:
-        """Sleep until there is something to do, then hand new requests and cancels to the engine. False: stop."""
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do. False: stop."""
         with self._changed:
-            while not (self._inbox or self._cancels or self._errands or self._engine.has_work or self._is_stopping):
+            while not (self._inbox or self._cancels or self._errands or self._engine.has_work or self._end_with):
                 self._changed.wait()
-            if self._is_stopping:
-                return False
+            return not self._end_with
+
+    def _advance(self) -> None:
+        """What has come in goes to the engine, then it makes a step."""
+        self._take_inbox()
+        self._engine.step()
+
+    def _take_inbox(self) -> None:
+        """Hand new requests and cancels to the engine, and run errands."""
+        with self._changed:
             inbox, self._inbox = self._inbox, []
             cancels, self._cancels = self._cancels, []
         for request, submitted_at in inbox:
@@ -187,7 +194,6 @@ class EngineRunner:
         for request_id in cancels:
             self._engine.cancel(request_id)
         self._run_errands()
-        return True
 
     def _run_errands(self) -> None:
         """One by one: should one break the engine, those behind it are still there to be answered."""

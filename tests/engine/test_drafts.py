@@ -319,7 +319,7 @@ def test_what_one_sequence_taught_serves_the_next(clock: HandClock) -> None:
 
 def test_acceptance_is_counted_by_adapter_vector(clock: HandClock) -> None:
     backend = Watched(2, 512, 0.008, 0.001, supports_adapters=True, sleep=clock.sleep)
-    backend.adapters = frozenset({"poet"})
+    backend.load_adapter("poet", __file__)
     wanted = [
         make_request("base", prompt=(5, 6, 1), max_tokens=120),
         make_request("poet", prompt=(5, 6, 2), max_tokens=120, adapters=(("poet", 1.0),)),
