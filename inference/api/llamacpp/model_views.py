@@ -5,6 +5,8 @@ They run in the hop; the model is the one that body or query name, else the defa
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from django.http import HttpResponse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
@@ -36,7 +38,7 @@ class ModelView(AsyncAPIView):
     tag = "llama.cpp"
     errors = LLAMA
     error_reply = LlamaErrorReply
-    scopes = ("generate",)
+    scopes: ClassVar[tuple[str, ...]] = ("generate",)
 
 
 class TokenizeView(ModelView):
