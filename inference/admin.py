@@ -145,6 +145,12 @@ class ServedModelForm(ServedModelFormBase):
             "context_shift": "Shift full contexts",
             "load_mode": "Load it",
             "keep_alive_seconds": "Unload after idle seconds",
+            "draft_kind": "Who guesses tokens",
+            "draft_model": "Model that guesses",
+            "draft_n_min": "Shortest draft",
+            "draft_n_max": "Longest draft",
+            "draft_p_min": "Least probability of a guess",
+            "draft_policy": "Draft",
             "pool": "Pool of workers",
         }
         help_texts = {
@@ -162,7 +168,15 @@ class ServedModelForm(ServedModelFormBase):
         cleaned = super().clean()
         if not self.errors and "path" in self.fields and self._is_due():
             self._inspect(self.cleaned_data["path"])
+        if not self.errors:
+            self._check_draft()
         return cleaned
+
+    def _check_draft(self) -> None:
+        try:
+            registry.check_draft_model(self.instance.name, self.instance.digest, self.cleaned_data)
+        except RegistrationError as error:
+            self.add_error("draft_model", error.message)
 
     def _is_due(self) -> bool:
         return not self.instance.digest or "path" in self.changed_data or bool(self.cleaned_data.get("inspect_again"))
@@ -197,7 +211,8 @@ class ServedModelAdmin(ModelAdmin):
     list_filter = ("load_mode", "visibility", "pool")
     list_filter_submit = True
     search_fields = ("name",)
-    autocomplete_fields = ("granted_tenants",)
+    list_select_related = ("draft_model",)
+    autocomplete_fields = ("granted_tenants", "draft_model")
     readonly_fields = (
         "is_default",
         "worker_state",
@@ -227,11 +242,21 @@ class ServedModelAdmin(ModelAdmin):
                 )
             },
         ),
+        (
+            "Drafts",
+            {
+                "fields": (
+                    ("draft_kind", "draft_model"),
+                    ("draft_n_min", "draft_n_max"),
+                    ("draft_p_min", "draft_policy"),
+                )
+            },
+        ),
         ("The file", {"fields": ("digest", "size", "facts", "chat_template", ("created_at", "updated_at"))}),
     )
     fields_for_registration = (
         (None, {"fields": ("name", "path", "aliases", "notes")}),
-        *fieldsets[2:4],
+        *fieldsets[2:5],
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: ServedModel | None = None) -> Any:
@@ -357,7 +382,7 @@ class ServedModelAdmin(ModelAdmin):
 
 
 def _estimate(row: ServedModel) -> registry.MemoryEstimate:
-    return registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    return registry.memory_of(row)
 
 
 def _fact(value: Any) -> str:

@@ -23,6 +23,7 @@ from accounts.throttling import RateState
 from inference import adapters, completion_cache, doorbell, settlement
 from inference.completion_cache import Completion
 from inference.engine.types import AdapterVector
+from inference.grammars import verdicts
 from inference.models import Receipt
 from inference.orders import GenerateOrder
 from inference.queue import ticket_queue
@@ -68,11 +69,13 @@ def admit(
         scales = adapter_scales(_names(principal, served, vector), vector)
         return _charge_cached(principal, cached, served, scales, request_id, route, parent_id, created_at)
     prompt = _tokenize(order, served)
+    _check_grammar(order, served)
     max_tokens = _output_bound(principal, order, served, len(prompt))
+    num_charged = 0 if order.shares_prompt else len(prompt)
     with ExitStack() as undo:
-        tokens = _enter(principal, request_id, len(prompt) + max_tokens)
-        undo.callback(_give_back_place, principal, request_id, len(prompt) + max_tokens)
-        held = _reserve(principal, order, request_id, len(prompt), max_tokens)
+        tokens = _enter(principal, request_id, num_charged + max_tokens)
+        undo.callback(_give_back_place, principal, request_id, num_charged + max_tokens)
+        held = _reserve(principal, order, request_id, num_charged, max_tokens)
         undo.callback(_quietly, quotas.release, request_id, "refused", _now())
         ticket = Ticket(
             request_id=request_id,
@@ -92,7 +95,8 @@ def admit(
             stop=order.stop,
             adapters=vector,
             adapter_names=_names(principal, served, vector),
-            prefix_cache=order.cache_prompt,
+            prefix_cache=order.cache_prompt or order.shares_prompt,
+            shares_prompt=order.shares_prompt,
             route=route,
             stream=order.stream,
             return_tokens=order.return_tokens,
@@ -100,7 +104,7 @@ def admit(
             queue_deadline_at=created_at + _queue_seconds(),
             deadline_at=created_at + settings.CONFIG.generation_timeout_seconds,
             reserved_tokens=held.reserved_tokens,
-            entered_tokens=len(prompt) + max_tokens,
+            entered_tokens=num_charged + max_tokens,
             cache_key=cache_key,
             clamped=held.clamped,
         )
@@ -145,8 +149,8 @@ def _as_served(principal: Principal, order: GenerateOrder, served: Served) -> Ge
 
 
 def _cache_key(principal: Principal, order: GenerateOrder, served: Served, vector: AdapterVector) -> str | None:
-    """None where the request does not want the cache, or there is none."""
-    if not order.use_cache or not completion_cache.completion_cache().is_on:
+    """None where the request does not want the cache, or there is none. Probabilities are not kept."""
+    if not order.use_cache or order.sampling.num_probs or not completion_cache.completion_cache().is_on:
         return None
     return completion_cache.key(
         tenant_id=principal.tenant_id,
@@ -231,9 +235,14 @@ def _tokenize(order: GenerateOrder, served: Served) -> tuple[int, ...]:
     return tokenizer_pool().encode(served, order.prompt)
 
 
-def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:
-    """Output tokens that the request may have, before the quota is asked."""
-    n_ctx = context_of(principal, served)
+def _check_grammar(order: GenerateOrder, served: Served) -> None:
+    """Nothing is held yet, and no worker has seen it."""
+    if order.sampling.grammar is not None:
+        verdicts().check(served, order.sampling.grammar)
+
+
+def check_length(num_prompt_tokens: int, n_ctx: int) -> None:
+    """Raises Refusal for a prompt of nothing, and for one that leaves no room for an answer."""
     if num_prompt_tokens == 0:
         raise Refusal("empty_prompt", "The prompt has no tokens.")
     if num_prompt_tokens >= n_ctx:
@@ -244,6 +253,12 @@ def _output_bound(principal: Principal, order: GenerateOrder, served: Served, nu
             n_prompt_tokens=num_prompt_tokens,
             n_ctx=n_ctx,
         )
+
+
+def _output_bound(principal: Principal, order: GenerateOrder, served: Served, num_prompt_tokens: int) -> int:
+    """Output tokens that the request may have, before the quota is asked."""
+    n_ctx = context_of(principal, served)
+    check_length(num_prompt_tokens, n_ctx)
     room = None if order.decoding.context_shift else n_ctx - num_prompt_tokens
     bounds = [room, order.max_tokens, principal.limit("max_output")]
     bound = min(each for each in bounds if each is not None)

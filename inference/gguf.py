@@ -273,6 +273,8 @@ class _Cursor:
         self._size = size
         self.position = 0
         self.listed_strings = 0
+        self.wanted_key = ""
+        self.wanted: list[bytes] = []
 
     def _advance(self, count: int) -> None:
         self.position += count
@@ -317,6 +319,18 @@ def read_header(path: Path) -> Header:
         with path.open("rb", buffering=1 << 18) as file:
             return _read(_Cursor(file, size := os.fstat(file.fileno()).st_size), size)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise GGUFError("gguf_unreadable", f"{path} cannot be read: {error}.") from error
+
+
+def read_strings(path: Path, key: str) -> list[bytes]:
+    """The items of one array of strings, such as the vocabulary; [] where there is none. Raises GGUFError."""
+    try:
+        with path.open("rb", buffering=1 << 18) as file:
+            cursor = _Cursor(file, size := os.fstat(file.fileno()).st_size)
+            cursor.wanted_key = key
+            _read(cursor, size)
+            return cursor.wanted
+    except (OSError, ValueError) as error:
         raise GGUFError("gguf_unreadable", f"{path} cannot be read: {error}.") from error
 
 
@@ -416,7 +430,10 @@ def _skip_strings(cursor: _Cursor, key: str, count: int) -> None:
         length = cursor.unpack(U64)
         if length > MAX_STRING_BYTES:
             raise GGUFError("gguf_too_large", f"An item of {key!r} is {length} bytes long.")
-        cursor.skip(length)
+        if key == cursor.wanted_key:
+            cursor.wanted.append(cursor.take(length))
+        else:
+            cursor.skip(length)
 
 
 def _check_values(values: Mapping[str, Value]) -> None:

@@ -10,6 +10,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Any
@@ -20,10 +21,13 @@ from inference import adapters
 from inference.adapter_shelf import AdapterShelf
 from inference.adapters import AdapterFile
 from inference.engine.backend import Abilities, Backend
+from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.runner import EngineRunner
 from inference.engine.slot_keeper import SlotState
+from inference.engine.speculative import PromptLookup, Proposer
 from inference.engine.stats import EngineStats
 from inference.engine.types import EngineError, EventSink, GenerationRequest, SlotReport
+from inference.models import ServedModel
 from inference.registry import Served
 from inference.slot_files import Origin, SlotFileError, SlotFiles, scope_of
 
@@ -32,6 +36,8 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
 """A model that failed to load, or whose engine crashed, is tried again after this."""
 UNAVAILABLE = "llm_unavailable"
+MAX_STEP_DRAFT = 256
+"""Guesses that one step verifies at most; each needs a row of scores over the whole vocabulary."""
 
 LoadBackend = Callable[[Served], Backend]
 ReadAdapters = Callable[[Served], Sequence[AdapterFile]]
@@ -61,6 +67,7 @@ def load_backend(served: Served) -> Backend:
         return FakeBackend(served.n_slots, served.n_ctx, supports_adapters=True)
     from inference.engine.llama import LlamaBackend
 
+    drafts = served.draft_kind != ServedModel.DraftKind.NONE
     return LlamaBackend.load(
         served.path,
         n_ctx=served.n_ctx,
@@ -68,7 +75,33 @@ def load_backend(served: Served) -> Backend:
         n_threads=served.n_threads,
         n_gpu_layers=served.n_gpu_layers,
         kv_type=served.kv_type,
+        max_draft_tokens=min(served.n_slots * served.draft_n_max, MAX_STEP_DRAFT) if drafts else 0,
         progress=_progress(served.name),
+    )
+
+
+def load_proposer(served: Served, backend: Backend) -> Proposer | None:
+    """Who guesses tokens for a loaded model. The fake engine looks tokens up at most. Raises EngineError."""
+    if served.draft_kind == ServedModel.DraftKind.NONE:
+        return None
+    if not backend.abilities.trim:
+        logger.warning("%s is served without drafts: %s", served.name, backend.abilities.reasons.get("trim", ""))
+        return None
+    if served.draft_path is None or settings.CONFIG.engine == "fake":
+        return PromptLookup()
+    from inference.engine.llama import DraftModel, LlamaBackend
+
+    if not isinstance(backend, LlamaBackend):
+        raise TypeError(f"a draft model guesses for llama.cpp, not for {type(backend).__name__}")
+    return DraftModel.load(served.draft_path, backend, n_threads=served.n_threads, n_gpu_layers=served.n_gpu_layers)
+
+
+def draft_settings(served: Served) -> DraftSettings:
+    return DraftSettings(
+        num_min=served.draft_n_min,
+        num_max=served.draft_n_max,
+        min_probability=served.draft_p_min,
+        policy=DraftPolicy(served.draft_policy),
     )
 
 
@@ -87,7 +120,8 @@ def _progress(name: str) -> Callable[[float], None]:
 def fingerprint(served: Served) -> tuple[Any, ...]:
     """What cannot change while a model is loaded."""
     options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
-    return (served.digest, str(served.path), *options)
+    drafts = (served.draft_kind, str(served.draft_path), served.draft_digest, *astuple(draft_settings(served)))
+    return (served.digest, str(served.path), *options, *drafts)
 
 
 class HostedModel:
@@ -167,7 +201,7 @@ class HostedModel:
             started = time.monotonic()
             logger.info("loading %s from %s", self.served.name, self.served.path)
             try:
-                runner = self._start_with(self._load(self.served))
+                runner = self._start()
             except Exception as error:
                 self._fail(f"{self.served.name} could not be loaded: {error}")
                 raise EngineError(UNAVAILABLE, self.error) from error
@@ -175,8 +209,14 @@ class HostedModel:
             logger.info("%s is loaded after %.1f s", self.served.name, time.monotonic() - started)
             return runner
 
-    def _start_with(self, backend: Backend) -> EngineRunner:
+    def _start(self) -> EngineRunner:
         """A running engine, with the states that an earlier one has left."""
+        backend = self._load(self.served)
+        try:
+            proposer = load_proposer(self.served, backend)
+        except BaseException:
+            backend.free()
+            raise
         room = settings.CONFIG.slot_memory_mb << 20
         self.abilities = backend.abilities
         origin = self.origin
@@ -184,6 +224,8 @@ class HostedModel:
             backend,
             sink=self._sink,
             on_crash=self._crashed,
+            proposer=proposer,
+            draft_settings=draft_settings(self.served),
             state_bytes=room,
             states=self._files.take_kept(origin, room) if room else (),
             keep_states=lambda states: logger.info("%d states kept", self._files.keep(origin, states, room)),
@@ -286,5 +328,5 @@ class HostedModel:
             "busy": self.num_busy,
             "adapters": stats.num_adapters if stats else 0,
             "steps": stats.num_steps if stats else 0,
-            "cannot": dict(self.abilities.reasons) if self.abilities else {},
+            "cannot": dict(self.abilities.reasons) if self.abilities else None,
         }

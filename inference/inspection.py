@@ -16,11 +16,13 @@ from typing import Any
 
 from django.conf import settings
 
-from inference.gguf import GGUFError, Header, read_header, write_vocabulary_only
+from inference.engine.speculative import vocabulary_problem
+from inference.gguf import GGUFError, Header, read_header, read_strings, write_vocabulary_only
 from inference.trial import Trial, TrialError
 
 HASH_BLOCK_BYTES = 4 << 20
 MAX_CHAT_TEMPLATE_BYTES = 128 << 10
+TOKENS_KEY = "tokenizer.ggml.tokens"
 
 Progress = Callable[[int, int], None]
 """Called with the bytes hashed so far and their total."""
@@ -74,6 +76,20 @@ def check_header(path: Path) -> Header:
     if len((header.text("tokenizer.chat_template") or "").encode()) > MAX_CHAT_TEMPLATE_BYTES:
         raise RegistrationError("chat_template_too_large", f"Its template is over {MAX_CHAT_TEMPLATE_BYTES >> 10} KiB.")
     return header
+
+
+def check_draft(digest: str, draft_name: str, draft_digest: str) -> None:
+    """See that two inspected models have the same vocabulary. Raises RegistrationError; some 0.3 s."""
+    if digest == draft_digest:
+        return
+    try:
+        target, draft = (read_strings(vocabulary_path(each), TOKENS_KEY) for each in (digest, draft_digest))
+    except GGUFError as error:
+        message = f"The vocabularies cannot be compared: {error.message} Inspect both models again."
+        raise RegistrationError("draft_model_unfit", message, {"draft_model": [message]}) from error
+    if problem := vocabulary_problem(target, draft):
+        message = f"{draft_name!r} cannot guess for this model: {problem}."
+        raise RegistrationError("draft_model_unfit", message, {"draft_model": [message]})
 
 
 def is_unchanged(path: Path, digest: str, metadata: Mapping[str, Any]) -> bool:

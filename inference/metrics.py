@@ -65,6 +65,28 @@ ADAPTER_SWITCHES = Counter(
     "llm_engine_adapter_switches_total", "Executed plans with another adapter vector than the one before.", ["model_id"]
 )
 COMPLETION_TOKENS = Counter("llm_engine_completion_tokens_total", "Tokens generated.", ["model_id"])
+DRAFTS = Counter("llm_engine_drafts_total", "Drafts verified.", ["model_id"])
+DRAFTED_TOKENS = Counter("llm_engine_drafted_tokens_total", "Guessed tokens verified.", ["model_id"])
+ACCEPTED_TOKENS = Counter("llm_engine_accepted_tokens_total", "Guessed tokens that were right.", ["model_id"])
+DRAFT_LENGTH = Gauge(
+    "llm_engine_draft_length",
+    "Guesses a generating sequence in the latest step: what pays now.",
+    ["model_id"],
+    multiprocess_mode="livemax",
+)
+# The same under llama.cpp's names
+LLAMACPP_DRAFTS = Counter("llamacpp:spec_decode_num_drafts_total", "Drafts verified.", ["model_id"])
+LLAMACPP_DRAFTED_TOKENS = Counter(
+    "llamacpp:spec_decode_num_draft_tokens_total", "Guessed tokens verified.", ["model_id"]
+)
+LLAMACPP_ACCEPTED_TOKENS = Counter(
+    "llamacpp:spec_decode_num_accepted_tokens_total", "Guessed tokens that were right.", ["model_id"]
+)
+LLAMACPP_ACCEPTED_PER_POSITION = Counter(
+    "llamacpp:spec_decode_num_accepted_tokens_per_pos_total",
+    "Guessed tokens that were right, by their position in the draft.",
+    ["model_id", "position"],
+)
 SETTLEMENT_GROUP = Histogram(
     "llm_settlement_group_size", "Requests settled in one transaction.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
 )

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils import timezone
 
 from accounts.models import APIKey, Tenant
+from inference.engine.drafting import MAX_DRAFT
 
 MAX_ALIASES = 32
 model_name_validator = RegexValidator(
@@ -41,6 +42,15 @@ class ServedModel(models.Model):
     class Visibility(models.TextChoices):
         SHARED = "shared", "Every tenant"
         GRANTED = "granted", "Granted tenants only"
+
+    class DraftKind(models.TextChoices):
+        NONE = "none", "Nobody"
+        PROMPT_LOOKUP = "prompt_lookup", "The text itself"
+        MODEL = "model", "A smaller model"
+
+    class DraftPolicy(models.TextChoices):
+        ADAPTIVE = "adaptive", "As long as it pays"
+        ALWAYS = "always", "Always"
 
     name = models.CharField(max_length=100, unique=True, validators=[model_name_validator])
     aliases = models.JSONField(default=list, blank=True, help_text='Other names, such as ["default-chat"].')
@@ -83,6 +93,34 @@ class ServedModel(models.Model):
     keep_alive_seconds = models.PositiveIntegerField(
         null=True, blank=True, help_text="Idle time after which it is unloaded. Empty: never."
     )
+    draft_kind = models.CharField(
+        max_length=16,
+        choices=DraftKind.choices,
+        default=DraftKind.NONE,
+        help_text="Who guesses the next tokens, which the model then verifies several at once.",
+    )
+    draft_model = models.ForeignKey(
+        "self",
+        on_delete=models.PROTECT,
+        null=True,
+        blank=True,
+        related_name="drafts_for",
+        help_text="The smaller model that guesses. It must have the same vocabulary.",
+    )
+    draft_n_min = models.PositiveSmallIntegerField(
+        default=0, validators=[MaxValueValidator(MAX_DRAFT)], help_text="Shorter drafts are thrown away."
+    )
+    draft_n_max = models.PositiveSmallIntegerField(
+        default=16,
+        validators=[MinValueValidator(1), MaxValueValidator(MAX_DRAFT)],
+        help_text="Guesses of a step at most; a request may ask for less.",
+    )
+    draft_p_min = models.FloatField(
+        default=0.0,
+        validators=[MinValueValidator(0.0), MaxValueValidator(1.0)],
+        help_text="A draft model stops guessing below this probability.",
+    )
+    draft_policy = models.CharField(max_length=8, choices=DraftPolicy.choices, default=DraftPolicy.ADAPTIVE)
     capabilities = models.JSONField(default=dict, blank=True, help_text='Switches such as {"generate": true}.')
     notes = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -95,6 +133,15 @@ class ServedModel(models.Model):
                 fields=["is_default"], condition=Q(is_default=True), name="served_model_one_default"
             ),
             models.CheckConstraint(condition=Q(n_slots__gte=1, n_ctx__gte=8), name="served_model_has_room"),
+            models.CheckConstraint(
+                condition=Q(
+                    draft_n_max__range=(1, MAX_DRAFT), draft_n_min__lte=F("draft_n_max"), draft_p_min__range=(0, 1)
+                ),
+                name="served_model_draft_is_bounded",
+            ),
+            models.CheckConstraint(
+                condition=~Q(draft_kind="model") | Q(draft_model__isnull=False), name="served_model_draft_has_a_model"
+            ),
         ]
 
     def __str__(self) -> str:
@@ -106,6 +153,9 @@ class ServedModel(models.Model):
             "aliases": list(self._alias_problems()),
             "name": list(self._name_problems()),
             "n_ctx": list(self._context_problems()),
+            "draft_model": list(self._draft_model_problems()),
+            "draft_n_min": list(self._draft_length_problems()),
+            "draft_p_min": list(self._draft_chance_problems()),
             "capabilities": []
             if isinstance(self.capabilities, dict)
             else ['Use an object such as {"generate": true}.'],
@@ -137,6 +187,20 @@ class ServedModel(models.Model):
         """Every name that other models answer to, with the model's own name."""
         others = ServedModel.objects.exclude(pk=self.pk).values_list("name", "aliases")
         return {taken: name for name, aliases in others for taken in (name, *aliases)}
+
+    def _draft_model_problems(self) -> Iterator[str]:
+        if self.draft_model_id is not None and self.draft_model_id == self.pk:
+            yield "A model that guesses for itself is no faster: choose a smaller one."
+        if self.draft_kind == self.DraftKind.MODEL and self.draft_model_id is None:
+            yield "Choose the model that guesses."
+
+    def _draft_length_problems(self) -> Iterator[str]:
+        if None not in (self.draft_n_min, self.draft_n_max) and self.draft_n_min > self.draft_n_max:
+            yield f"More than the longest draft, {self.draft_n_max}: no draft would be long enough."
+
+    def _draft_chance_problems(self) -> Iterator[str]:
+        if self.draft_p_min is not None and not math.isfinite(self.draft_p_min):
+            yield "Use a number."
 
     def _context_problems(self) -> Iterator[str]:
         trained = self.metadata.get("context_length")

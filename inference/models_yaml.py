@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from accounts.models import Tenant
 from inference import models_yaml_adapters, registry
 from inference.adapter_file import Base
+from inference.engine.drafting import MAX_DRAFT
 from inference.inspection import Inspected, Progress, RegistrationError, absolute, check_header, is_unchanged
 from inference.models import ServedModel
 from inference.models_yaml_adapters import MAX_ADAPTERS, AdapterEntry, AdapterPlan
@@ -64,6 +65,12 @@ class Options(BaseModel):
     n_gpu_layers: int | None = Field(None, ge=-1, le=10000)
     kv_type: Literal["f16", "q8_0", "q4_0"] | None = None
     context_shift: bool | None = None
+    draft_kind: Literal["none", "prompt_lookup", "model"] | None = None
+    draft_model: str | None = Field(None, max_length=100)
+    draft_n_min: int | None = Field(None, ge=0, le=MAX_DRAFT)
+    draft_n_max: int | None = Field(None, ge=1, le=MAX_DRAFT)
+    draft_p_min: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    draft_policy: Literal["adaptive", "always"] | None = None
     keep_alive_seconds: int | None = Field(None, ge=0, le=2**31 - 1)
     visibility: Literal["shared", "granted"] | None = None
     granted_tenants: list[str] | None = None
@@ -305,7 +312,9 @@ def sync(
     name. Raises ModelsYamlError with every problem; then nothing has changed.
     """
     plan = read(path)
-    rows = {row.name: row for row in ServedModel.objects.prefetch_related("granted_tenants")}
+    rows = {
+        row.name: row for row in ServedModel.objects.select_related("draft_model").prefetch_related("granted_tenants")
+    }
     inspected = _check_all(plan) if dry_run else _inspect_all(plan, rows, progress, trial)
     changes = [_compare(wanted, rows.get(wanted.name), inspected.get(wanted.name)) for wanted in plan.models]
     named = {wanted.name for wanted in plan.models}
@@ -367,9 +376,7 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
     if row is None:
         return Change(name=wanted.name, action="created", details=adapters)
     details = {
-        name: f"{getattr(row, name)!r} → {value!r}"
-        for name, value in wanted.options.items()
-        if getattr(row, name) != value
+        name: f"{now!r} → {value!r}" for name, value in wanted.options.items() if (now := _option(row, name)) != value
     }
     if row.path != str(wanted.path):
         details["path"] = f"{row.path} → {wanted.path}"
@@ -383,6 +390,12 @@ def _compare(wanted: Wanted, row: ServedModel | None, inspected: Inspected | Non
     return Change(name=wanted.name, action="updated" if details else "unchanged", details=details)
 
 
+def _option(row: ServedModel, name: str) -> Any:
+    """As the file would say it."""
+    value = getattr(row, name)
+    return value.name if isinstance(value, ServedModel) else value
+
+
 def _compare_unnamed(row: ServedModel, prune: bool) -> Change:
     off = ServedModel.LoadMode.OFF
     return Change(name=row.name, action="switched_off" if prune and row.load_mode != off else "left")
@@ -392,6 +405,7 @@ def _apply(plan: Plan, inspected: Mapping[str, Inspected], changes: list[Change]
     """All of it in one transaction."""
     details = {change.name: change.details for change in changes if change.action in {"created", "updated"}}
     changing = [wanted for wanted in plan.models if wanted.name in details]
+    changing.sort(key=lambda wanted: bool(wanted.options.get("draft_model")))  # those that guess for others first
     with transaction.atomic():
         # First no model has aliases that move, so they may move in any order.
         moving = [wanted.name for wanted in changing if "aliases" in wanted.options]

@@ -36,3 +36,5 @@ class GenerateOrder:
     """Refuse rather than shorten the answer to what is left of the quota."""
     is_batch: bool = False
     """Part of a batch: a label of the metrics."""
+    shares_prompt: bool = False
+    """One of several answers to a prompt that another order of the same request pays for."""

@@ -25,6 +25,7 @@ from inference.inspection import (
     Progress,
     RegistrationError,
     absolute,
+    check_draft,
     inspect,
     is_unchanged,
     vocabulary_path,
@@ -50,6 +51,12 @@ OPTIONS = (
     "n_gpu_layers",
     "kv_type",
     "context_shift",
+    "draft_kind",
+    "draft_model",
+    "draft_n_min",
+    "draft_n_max",
+    "draft_p_min",
+    "draft_policy",
     "load_mode",
     "keep_alive_seconds",
     "capabilities",
@@ -86,6 +93,13 @@ class Served:
     n_gpu_layers: int
     kv_type: str
     context_shift: bool
+    draft_kind: str
+    draft_path: Path | None
+    draft_digest: str
+    draft_n_min: int
+    draft_n_max: int
+    draft_p_min: float
+    draft_policy: str
     load_mode: str
     keep_alive_seconds: int | None
     capabilities: Mapping[str, Any]
@@ -112,6 +126,7 @@ class Served:
 def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = ()) -> Served:
     """The row without the ORM. `granted_tenant_ids` is passed in, so that no query hides here."""
     data, trial = row.metadata, row.metadata.get("trial", {})
+    draft = row.draft_model if row.draft_kind == ServedModel.DraftKind.MODEL else None
     return Served(
         id=row.pk,
         name=row.name,
@@ -130,6 +145,13 @@ def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = ()) -> Served
         n_gpu_layers=row.n_gpu_layers,
         kv_type=row.kv_type,
         context_shift=row.context_shift,
+        draft_kind=row.draft_kind,
+        draft_path=Path(draft.path) if draft else None,
+        draft_digest=draft.digest if draft else "",
+        draft_n_min=row.draft_n_min,
+        draft_n_max=row.draft_n_max,
+        draft_p_min=row.draft_p_min,
+        draft_policy=row.draft_policy,
         load_mode=row.load_mode,
         keep_alive_seconds=row.keep_alive_seconds,
         capabilities=dict(row.capabilities),
@@ -168,7 +190,7 @@ _generation = 0
 def _read(version: int) -> _Catalogue:
     """Two queries, however many models there are."""
     read_at = time.monotonic()
-    rows = ServedModel.objects.prefetch_related("granted_tenants").order_by("name")
+    rows = ServedModel.objects.select_related("draft_model").prefetch_related("granted_tenants").order_by("name")
     models = tuple(snapshot(row, (tenant.pk for tenant in row.granted_tenants.all())) for row in rows)
     by_name = {alias: model for model in models for alias in model.aliases}
     by_name.update({model.name: model for model in models})
@@ -295,9 +317,15 @@ def save(
     granted_tenants: Iterable[Tenant] | None = None,
     **options: Any,
 ) -> ServedModel:
-    """Write the row of an inspected file; exactly one row is the default afterwards. Raises RegistrationError."""
+    """Write the row of an inspected file; exactly one row is the default afterwards. Raises RegistrationError.
+
+    The option draft_model is a row, or the name of one.
+    """
     if unknown := set(options) - set(OPTIONS):
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    if isinstance(options.get("draft_model"), str):
+        options["draft_model"] = _named(options["draft_model"])
+    check_draft_model(name, inspected.digest, options)
     try:
         with transaction.atomic():
             row = ServedModel.objects.filter(name=name).first() or _new(name, inspected)
@@ -317,6 +345,28 @@ def save(
         raise RegistrationError("conflict", "The registry was changed at the same moment. Try again.") from error
     row.refresh_from_db()
     return row
+
+
+def _named(name: str) -> ServedModel:
+    row = ServedModel.objects.filter(name=name).first()
+    if row is None:
+        message = f"There is no model {name!r}: register the one that guesses first."
+        raise RegistrationError("invalid", message, {"draft_model": [message]})
+    return row
+
+
+def check_draft_model(name: str, digest: str, options: Mapping[str, Any]) -> None:
+    """See that a model, who guesses for it and those that it guesses for have one vocabulary. Raises RegistrationError.
+
+    options: those of draft_kind and draft_model that change.
+    """
+    row = ServedModel.objects.filter(name=name).select_related("draft_model").first()
+    kind = options.get("draft_kind", row.draft_kind if row else ServedModel.DraftKind.NONE)
+    draft: ServedModel | None = options.get("draft_model", row.draft_model if row else None)
+    if kind == ServedModel.DraftKind.MODEL and draft is not None:
+        check_draft(digest, draft.name, draft.digest)
+    for target in ServedModel.objects.filter(draft_model__name=name, draft_kind=ServedModel.DraftKind.MODEL):
+        check_draft(target.digest, name, digest)
 
 
 def _new(name: str, inspected: Inspected) -> ServedModel:
@@ -408,4 +458,17 @@ def estimate_memory(metadata: Mapping[str, Any], *, n_ctx: int, n_slots: int, kv
         weights_bytes=metadata.get("tensor_bytes") or 0,
         kv_bytes=int(room * elements * KV_BYTES[kv_type]),
         compute_bytes=scores * (COMPUTE_BATCH + n_slots),
+    )
+
+
+def memory_of(row: ServedModel) -> MemoryEstimate:
+    """Of a served model, and of the one that guesses for it."""
+    own = estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    if row.draft_kind != ServedModel.DraftKind.MODEL or row.draft_model is None:
+        return own
+    draft = estimate_memory(row.draft_model.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type="f16")
+    return MemoryEstimate(
+        weights_bytes=own.weights_bytes + draft.weights_bytes,
+        kv_bytes=own.kv_bytes + draft.kv_bytes,
+        compute_bytes=own.compute_bytes + draft.compute_bytes,
     )

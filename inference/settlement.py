@@ -36,6 +36,8 @@ GROUP_SECONDS = 0.03
 ORPHAN_SECONDS = 2.0
 """An outcome that its maker has not settled for so long is settled by anybody."""
 MAX_KEPT = 10_000
+OF_ITS_OWN_MAKING = frozenset({"grammar_dead_end", "grammar_too_slow"})
+"""Errors that the request's grammar brought about."""
 WHOLE = (FinishReason.EOS, FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -85,10 +87,14 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
     """The price of a request that an engine ended.
 
     Whole answers, cancelled ones and those cut by their deadline cost the prompt and every token generated; errors
-    cost nothing, and neither does what ended before its first step.
+    cost nothing, and neither does what ended before its first step. A prompt that several answers of one request have
+    in common is paid by the first of them: where that one fails, nobody pays for it. A stream that its own grammar led
+    to a dead end has been read, so it costs what one that was cancelled does: else a grammar could be written to stream
+    for nothing.
     """
     receipt = finished.receipt
-    failed = finished.reason is FinishReason.ERROR
+    is_error = finished.reason is FinishReason.ERROR
+    failed = is_error and not (ticket.stream and finished.error in OF_ITS_OWN_MAKING)
     computed = receipt.num_steps > 0 and not failed
     if failed:
         status = Receipt.Status.FAILED
@@ -97,8 +103,8 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
     return Outcome(
         status=status.value,
         finish_reason=finished.reason.value,
-        error_code=(finished.error or "error")[:64] if failed else "",
-        charged_tokens=ticket.num_prompt_tokens + receipt.completion_tokens if computed else 0,
+        error_code=(finished.error or "error")[:64] if is_error else "",
+        charged_tokens=ticket.charged_prompt_tokens + receipt.completion_tokens if computed else 0,
         prompt_tokens=ticket.num_prompt_tokens,
         cached_tokens=receipt.cached_tokens,
         completion_tokens=receipt.completion_tokens,
@@ -181,8 +187,8 @@ def _order(ticket: Ticket, outcome: Outcome) -> SettleOrder | ReleaseOrder:
     return SettleOrder(
         request_id=ticket.request_id,
         charged_tokens=outcome.charged_tokens,
-        prompt_tokens=outcome.prompt_tokens,
-        cached_tokens=outcome.cached_tokens,
+        prompt_tokens=ticket.charged_prompt_tokens,
+        cached_tokens=min(outcome.cached_tokens, ticket.charged_prompt_tokens),
         completion_tokens=outcome.completion_tokens,
         model=ticket.model_name,
         now=now,

@@ -24,6 +24,7 @@ WAIT_SECONDS = 20.0
 MARGIN_SECONDS = 10.0
 """For the work itself: a state is read or written, or the model is loaded."""
 ANSWER_TTL_SECONDS = 60
+ABILITIES = ("trim", "copy", "shift", "save")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,16 @@ def worker_of(served: Served) -> tuple[str, dict[str, Any]]:
     if not found:
         raise Refusal("llm_unavailable", f"No worker holds the model {served.name!r} now.", retry_after=2)
     return next((each for each in found if each[1]["state"] == "ready"), found[0])
+
+
+def abilities_of(served: Served) -> dict[str, bool | str] | None:
+    """What the memory of the model can do where it is loaded: true, or why not; None where nobody knows. Blocking."""
+    try:
+        _, report = worker_of(served)
+    except Refusal:
+        return None
+    cannot = report.get("cannot")
+    return None if cannot is None else {name: cannot.get(name, True) for name in ABILITIES}
 
 
 async def ask(worker_id: str, order: SlotOrder) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 import uuid
@@ -21,7 +22,7 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
-from inference.engine.types import Delta, Finished, Started, TokenEvent
+from inference.engine.types import Delta, Finished, Started, TokenEvent, TokenProbs
 from inference.lua import script
 from inference.queue import MARGIN_SECONDS, Lease, ticket_key
 
@@ -42,16 +43,30 @@ def stream_key(request_id: str) -> str:
 # The form of events. `t` names the kind; readers ignore fields that they do not know.
 
 
-def encode_started() -> bytes:
-    return b'{"t":"started"}'
+def encode_started(started: Started) -> bytes:
+    return orjson.dumps({"t": "started", "slot": started.slot_id, "cached": started.num_cached})
 
 
-def encode_delta(text: str, num_tokens: int, tokens: Sequence[int] | None = None) -> bytes:
-    """tokens: the ids, for those who asked for them; None for all others."""
+def encode_delta(
+    text: str, num_tokens: int, tokens: Sequence[int] | None = None, probs: Sequence[TokenProbs] | None = None
+) -> bytes:
+    """tokens: the ids, probs: one for each token; None for all who did not ask for them."""
     event: dict[str, Any] = {"t": "delta", "text": text, "n": num_tokens}
     if tokens is not None:
         event["tokens"] = tokens
+    if probs is not None:
+        event["probs"] = [[*_pack(each), [_pack(likely) for likely in each.top]] for each in probs]
     return orjson.dumps(event)
+
+
+def _pack(probs: TokenProbs) -> list[Any]:
+    """The bytes of a token are no text yet, so each travels as the character of its number; JSON makes null of -inf."""
+    return [probs.token, probs.logprob, probs.piece.decode("latin-1")]
+
+
+def _unpack(token: int, logprob: float | None, piece: str, top: Iterable[Any] = ()) -> TokenProbs:
+    likely = tuple(_unpack(*each) for each in top)
+    return TokenProbs(token, -math.inf if logprob is None else logprob, piece.encode("latin-1"), likely)
 
 
 def encode_finished(finished: Finished, worker_id: str) -> bytes:
@@ -78,6 +93,10 @@ class StreamEvent:
     def kind(self) -> str:
         return str(self.data.get("t"))
 
+    def probs(self) -> list[TokenProbs]:
+        """Of a delta: one for each of its tokens where the ticket asks for probabilities, else none."""
+        return [_unpack(*each) for each in self.data.get("probs", ())]
+
 
 # Writing
 
@@ -103,11 +122,13 @@ class _Outgoing:
     key: str
     ticket_key: str
     number: int = 0
-    started: bool = False
+    started: Started | None = None
     texts: list[str] = field(default_factory=list)
     num_tokens: int = 0
     tokens: list[int] | None = None
     """The ids of num_tokens, where the ticket asks for them."""
+    probs: list[TokenProbs] | None = None
+    """Those of num_tokens, where the ticket asks for them."""
     waiting_since: float | None = None
     end: End | None = None
     in_flight: list[Any] | None = None
@@ -116,7 +137,7 @@ class _Outgoing:
     fenced: bool = False
 
     def has_news(self) -> bool:
-        return self.started or self.num_tokens > 0 or bool(self.texts) or self.end is not None
+        return self.started is not None or self.num_tokens > 0 or bool(self.texts) or self.end is not None
 
     def is_due(self, now: float) -> bool:
         if self.in_flight is not None or self.end is not None:
@@ -130,10 +151,10 @@ class _Outgoing:
         if self.in_flight is not None:
             return self.in_flight
         events: list[bytes] = []
-        if self.started:
-            events.append(encode_started())
+        if self.started is not None:
+            events.append(encode_started(self.started))
         if self.texts or self.num_tokens:
-            events.append(encode_delta("".join(self.texts), self.num_tokens, self.tokens))
+            events.append(encode_delta("".join(self.texts), self.num_tokens, self.tokens, self.probs))
         outcome = b""
         if self.end is not None:
             outcome = self.end.outcome
@@ -142,9 +163,11 @@ class _Outgoing:
         ticket = self.lease.ticket
         ttl = DONE_TTL_SECONDS if outcome else int(ticket.deadline_at - ticket.created_at + MARGIN_SECONDS)
         head = [ticket.request_id, self.lease.token, self.number, ttl, ticket.max_tokens + SPARE_EVENTS, outcome]
-        self.started, self.texts, self.num_tokens, self.waiting_since = False, [], 0, None
+        self.started, self.texts, self.num_tokens, self.waiting_since = None, [], 0, None
         if self.tokens is not None:
             self.tokens = []
+        if self.probs is not None:
+            self.probs = []
         self.in_flight, self.ends_in_flight = [*head, *events], self.end is not None
         return self.in_flight
 
@@ -185,6 +208,7 @@ class StreamWriter:
             stream_key(request_id),
             ticket_key(request_id),
             tokens=[] if lease.ticket.return_tokens else None,
+            probs=[] if lease.ticket.sampling.num_probs else None,
         )
 
     def publish(self, events: Iterable[TokenEvent]) -> None:
@@ -248,8 +272,10 @@ class StreamWriter:
             item.num_tokens += len(event.tokens)
             if item.tokens is not None:
                 item.tokens += event.tokens
+            if item.probs is not None:
+                item.probs += event.probs
         elif isinstance(event, Started):
-            item.started = True
+            item.started = event
         if item.waiting_since is None:
             item.waiting_since = now
 

@@ -61,16 +61,23 @@ class Ticket:
     adapter_names: tuple[str, ...] = ()
     """What the tenant calls each of the adapters."""
     prefix_cache: bool = True
+    shares_prompt: bool = False
+    """The prompt is another's of the same request, which pays for it: this one is charged its output alone."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decoding: Decoding = field(default_factory=Decoding)
     prompt: tuple[int, ...] = ()
     """Empty for whoever only ends the request."""
 
+    @property
+    def charged_prompt_tokens(self) -> int:
+        return 0 if self.shares_prompt else self.num_prompt_tokens
+
     def header(self) -> bytes:
         """Everything but the prompt, as JSON."""
         values: dict[str, Any] = {name: getattr(self, name) for name in HEADER_NAMES}
-        if not self.return_tokens:
-            del values["return_tokens"]  # readers of before it was there know nothing of it
+        for name in YOUNG:
+            if not values[name]:
+                del values[name]  # readers of before it was there know nothing of it
         values["v"] = VERSION
         values["sampling"] = _differences(self.sampling, DEFAULTS)
         if decoding := _differences(self.decoding, DECODING_DEFAULTS):
@@ -89,7 +96,8 @@ class Ticket:
             raise TicketError("a ticket must be JSON") from error
         if not isinstance(values, dict) or values.pop("v", None) != VERSION:
             raise TicketError(f"a ticket must be an object of version {VERSION}")
-        values.setdefault("return_tokens", False)
+        for name in YOUNG:
+            values.setdefault(name, False)
         values.setdefault("decoding", {})
         if set(values) != HEADER_SET:
             raise TicketError(f"fields of the ticket are not those of version {VERSION}: {set(values) ^ HEADER_SET}")
@@ -110,13 +118,15 @@ def adapter_scales(names: Sequence[str], adapters: AdapterVector) -> list[list[s
 
 
 HEADER_NAMES = tuple(item.name for item in fields(Ticket) if item.name not in {"prompt", "sampling", "decoding"})
+YOUNG = ("return_tokens", "shares_prompt")
+"""Flags that the first tickets of this version did not have."""
 HEADER_SET = {*HEADER_NAMES, "sampling", "decoding"}
 HEADER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(["request_id", "pool", "model_name", "model_digest", "route", "parent_id"], (str,)),
     **dict.fromkeys(["tenant_id", "key_id", "quota_key_id", "model_id", "num_prompt_tokens", "max_tokens"], (int,)),
     **dict.fromkeys(["reserved_tokens", "entered_tokens"], (int,)),
     **dict.fromkeys(["created_at", "queue_deadline_at", "deadline_at"], (float, int)),
-    **dict.fromkeys(["stream", "return_tokens", "clamped", "prefix_cache"], (bool,)),
+    **dict.fromkeys(["stream", "clamped", "prefix_cache", *YOUNG], (bool,)),
     "cache_key": (str, type(None)),
     "stop": (list,),
     "adapters": (list,),

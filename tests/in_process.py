@@ -22,6 +22,8 @@ import httpx
 import orjson
 import pytest
 
+from accounts.refusals import Refusal
+
 API_BASE = os.environ.get("API_BASE", "").rstrip("/")
 API_KEY = os.environ.get("API_KEY", "")
 MODEL = "fake-model"
@@ -72,8 +74,9 @@ class BlankTokenizers:
 
     def __init__(self) -> None:
         self.num_encoded = 0
-
+        self.tried: list[str] = []
         self.words: dict[int, str] = {}
+        self.fill: dict[str, int | None] = dict.fromkeys(("pre", "suf", "mid", "rep", "sep", "bos"))
 
     def encode(self, model: Any, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         self.num_encoded += 1
@@ -82,7 +85,17 @@ class BlankTokenizers:
         return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
 
     def decode(self, model: Any, tokens: Any, *, special: bool = False) -> str:
-        return " ".join(self.words[token] for token in tokens)
+        return " ".join(self.words.get(token, f"<{token}>") for token in tokens)
+
+    def fill_tokens(self, model: Any) -> dict[str, int | None]:
+        return dict(self.fill)
+
+    def ask(self, model: Any, message: dict[str, Any]) -> dict[str, Any]:
+        """A dry run of a grammar: one with a rule named `bomb` ends the child that tries it."""
+        self.tried.append(message["grammar"])
+        if "bomb" in message["grammar"]:
+            raise Refusal("tokenizer_failed", "This text cannot be tokenized.")
+        return {"ok": True}
 
     def close(self) -> None:
         return
@@ -243,12 +256,14 @@ def site(
     transactional_db: None, monkeypatch: pytest.MonkeyPatch, cast: Any, fake_speed: FakeSpeed
 ) -> Iterator[InProcessSite]:
     from accounts import principals
-    from inference import admission, doorbell, registry
+    from inference import admission, doorbell, grammars, registry
     from inference.tokenizers import pool
 
     tokenizers = BlankTokenizers()
     monkeypatch.setattr(admission, "tokenizer_pool", lambda: tokenizers)
     monkeypatch.setattr(pool, "tokenizer_pool", lambda: tokenizers)
+    tried = grammars.Verdicts(lambda: tokenizers)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(admission, "verdicts", lambda: tried)
     principals.CACHE.forget()
     models = _serve_models(cast)
     registry.forget()

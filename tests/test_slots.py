@@ -243,3 +243,44 @@ def test_a_memory_that_cannot_be_saved_is_501_with_the_reason(site: InProcessSit
     (model,) = [each for each in site.host._models.values() if each.served.is_default]
     model._runner._engine._backend.abilities = Abilities(save=False, reasons={"save": "it is recurrent"})
     assert "it is recurrent" in error_of(act(alice, 0, "save", "a"), 501)
+
+
+def test_completions_name_their_slot(site: InProcessSite, alice: Client, bob: Client) -> None:
+    body = {"prompt": "What is the capital of France today", "id_slot": 1, "n_predict": 8, "temperature": 0}
+    first = alice.post("/completion", json=body).json()
+    assert (first["id_slot"], first["timings"]["prompt_n"]) == (1, 7)
+    assert act(alice, 1, "save", "france").json()["n_saved"] == first["tokens_cached"] == 14
+    again = alice.post("/completion", json=body).json()
+    assert (again["timings"]["prompt_n"], again["content"]) == (1, first["content"])
+    assert act(alice, 1, "erase").json()["n_erased"] == 14
+    assert alice.post("/completion", json=body).json()["timings"]["prompt_n"] == 7
+    other = bob.post("/completion", json=body).json()
+    assert (other["id_slot"], other["timings"]["prompt_n"], other["content"]) == (1, 7, first["content"])
+    assert error_of(alice.post("/completion", json={**body, "id_slot": N_SLOTS}), 400)
+
+
+def test_56_hellos_in_a_small_context_shift(site: InProcessSite, alice: Client) -> None:
+    from inference import registry
+    from inference.models import ServedModel
+
+    site.stop_worker()
+    ServedModel.objects.update(n_ctx=64)
+    registry.forget()
+    site.start_worker()
+    body = {"prompt": "Hello " * 56, "n_predict": 64, "temperature": 0}
+    answer = alice.post("/completion", json=body).json()
+    assert (answer["tokens_predicted"], answer["truncated"]) == (64, True)
+    ended = alice.post("/completion", json={**body, "n_predict": -1}).json()
+    assert (ended["tokens_predicted"], ended["truncated"], ended["stop_type"]) == (8, True, "limit")
+    native = {"prompt": "Hello " * 56, "max_new_tokens": 64}
+    assert alice.post("/v1/generate", json={**native, "cache": False}).headers["x-usage-completion-tokens"] == "8"
+    shifted = alice.post("/v1/generate", json={**native, "cache": False, "context_shift": True})
+    assert shifted.headers["x-usage-completion-tokens"] == "64"
+
+
+def test_props_say_what_the_memory_can_do(site: InProcessSite, alice: Client) -> None:
+    props = alice.get("/props").json()
+    assert props["context_shift"] is True
+    assert props["abilities"] == {"trim": True, "copy": True, "shift": True, "save": True}
+    site.stop_worker()
+    assert alice.get("/props").json()["abilities"] is None

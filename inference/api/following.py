@@ -15,6 +15,7 @@ from django.conf import settings
 
 from accounts.refusals import Refusal
 from inference.completion_cache import Completion
+from inference.engine.types import TokenProbs
 from inference.stream import SlowFollower, StreamEvent, StreamReader
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "cancelled"}
@@ -98,6 +99,18 @@ FAILURES: dict[str, tuple[str, str, float | None]] = {
     "invalid_request": NOT_TAKEN,
     "invalid_sampling": NOT_TAKEN,
     "invalid_token": NOT_TAKEN,
+    "invalid_grammar": ("invalid_grammar", "The model cannot follow this grammar; nothing is charged.", None),
+    "grammar_dead_end": (
+        "grammar_dead_end",
+        "No token is left that the grammar allows: logit_bias bans what it needs, or the vocabulary lacks it. Nothing "
+        "is charged but what was streamed.",
+        None,
+    ),
+    "grammar_too_slow": (
+        "invalid_grammar",
+        "This grammar takes too long to follow. Nothing is charged but what was streamed.",
+        None,
+    ),
 }
 """From the worker's and the engine's words to the refusal that a client reads: code, message, seconds to wait."""
 
@@ -119,32 +132,41 @@ class Collected:
     ending: Ending
     tokens: list[int] = field(default_factory=list)
     """Empty unless the ticket asks for them."""
+    probs: list[TokenProbs] = field(default_factory=list)
+    """One for each generated token, in their order, where the ticket's sampling.num_probs asks for them, else empty."""
 
 
 async def collect(request_id: str) -> Collected:
     """Wait for the end of a request. Raises Refusal where it has no answer."""
     parts: list[str] = []
     tokens: list[int] = []
+    probs: list[TokenProbs] = []
     async with reader().follow(request_id) as events:
         async for event in events:
             if event.kind == "delta":
                 parts.append(event.data["text"])
                 tokens += event.data.get("tokens", ())
+                probs += event.probs()
             elif event.kind == "finished":
                 ending = ending_of(event)
                 if ending.finish_reason is None or ending.finish_reason == "cancelled":
                     raise failure(ending)
-                return Collected("".join(parts), ending, tokens)
+                return Collected("".join(parts), ending, tokens, probs)
     raise failure(Ending("error", error="request_lost"))
 
 
+def events_of_cached(found: Completion) -> tuple[StreamEvent, Ending, str]:
+    """An answer from the completion cache as a stream has it: its one delta, its end, and the id of the end."""
+    delta = StreamEvent("0-1", {"t": "delta", "text": found.output, "n": found.completion_tokens})
+    return delta, ending_of_cached(found), "0-2"
+
+
 async def follow(request_id: str, last_id: str = "0") -> AsyncGenerator[StreamEvent]:
-    """Deltas and the end. Raises Refusal if the stream breaks off, or if its reader here was too slow."""
+    """The start, deltas and the end. Raises Refusal if the stream breaks off, or if its reader here was too slow."""
     try:
         async with reader().follow(request_id, last_id) as events:
             async for event in events:
-                if event.kind != "started":
-                    yield event
+                yield event
                 if event.kind == "finished":
                     return
     except SlowFollower as error:

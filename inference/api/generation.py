@@ -70,13 +70,20 @@ class GenerationView(AsyncAPIView):
         self.token_rate = None if cached else answer.tokens
 
     def headers_of_parts(self, parts: Sequence[Part]) -> dict[str, str]:
-        """The sums of several answers, for headers and log line."""
-        endings = [part.collected.ending for part in parts]
+        """The sums of several answers, for headers and log line; a prompt that several share counts once.
+
+        Server-Timing has the longest of each: they ran side by side.
+        """
         headers = usage_headers(
-            sum(ending.prompt_tokens for ending in endings), sum(ending.completion_tokens for ending in endings)
+            sum(part.collected.ending.prompt_tokens for part in parts if not part.shares_prompt),
+            sum(part.collected.ending.completion_tokens for part in parts),
         )
-        all_cached = all(part.cached for part in parts)
-        headers["x-cache"] = "hit" if all_cached else "miss"
+        computed = [part.collected.ending.seconds() for part in parts if not part.cached]
+        headers["x-cache"] = "miss" if computed else "hit"
+        all_cached = not computed
+        if computed:
+            longest = {name: max(seconds[name] for seconds in computed) for name in computed[0]}
+            headers["Server-Timing"] = server_timing(longest)
         self.log_fields["cached"] = all_cached
         return headers
 

@@ -11,7 +11,7 @@ from django.urls import get_resolver
 from inference import reaper
 from inference.api import following
 from inference.api.hop import shared_hop
-from inference.tokenizers.pool import tokenizer_pool
+from inference.tokenizers.pool import grammar_pool, tokenizer_pool
 
 GC_THRESHOLDS = (20_000, 20, 50)
 """Requests make little garbage that is cyclic; the defaults would look for it some ten times a second under load."""
@@ -35,4 +35,5 @@ async def close_api() -> None:
     await asyncio.to_thread(shared_hop().close)
     shared_hop.cache_clear()
     await asyncio.to_thread(tokenizer_pool().close)
+    await asyncio.to_thread(grammar_pool().close)
     connections.close_all()

@@ -1,4 +1,4 @@
-"""The events of one admitted request as server-sent events, in whatever words its dialect has for them.
+"""The events of admitted requests as server-sent events, in whatever words their dialect has for them.
 
 Runs on the event loop. Every dialect passes its Frames; when 200 is said and what cancels is the same in all.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
 from typing import Protocol
 
@@ -17,9 +18,17 @@ from inference.api.following import Ending, ending_of, failure, follow
 from inference.api.sse import KEEP_ALIVE_SECONDS, EventStream, with_keep_alive
 from inference.stream import StreamEvent
 
+RESTARTING = Refusal("service_unavailable", "The server is restarting.", retry_after=2)
+
+
+Spoken = tuple[StreamEvent, bytes]
+"""An event and its frame; that of the end is worded later, as it may be a failure."""
+
 
 class Frames(Protocol):
-    """How a dialect words the events of one request."""
+    """How a dialect words the events of one request. started: nothing is sent where it has no words for it."""
+
+    def started(self, event: StreamEvent) -> bytes: ...
 
     def delta(self, event: StreamEvent) -> bytes: ...
 
@@ -28,26 +37,28 @@ class Frames(Protocol):
     def error(self, refusal: Refusal, event_id: str | None = None) -> bytes: ...
 
 
-async def open_stream(admitted: Admitted, frames: Frames) -> EventStream:
-    """200 and headers come with the first text, or the first keep-alive; before that a failure has a status.
+async def open_stream(
+    admitted: Admitted, frames: Frames, *, keep_alive_seconds: float = KEEP_ALIVE_SECONDS
+) -> EventStream:
+    """200 and headers come with the first frame, or the first keep-alive; before that a failure has a status.
 
     Raises Refusal.
     """
     request_id = admitted.ticket.request_id
-    events = follow(request_id)
+    events = spoken(request_id, frames)
     first = asyncio.ensure_future(anext(events))
     try:
         with cancelling.unless_finished(request_id):
-            done, _ = await asyncio.wait([first], timeout=KEEP_ALIVE_SECONDS)
+            done, _ = await asyncio.wait([first], timeout=keep_alive_seconds)
             if done:
-                _raise_failure(first.result())
+                _raise_failure(first.result()[0])
     except BaseException:
         first.cancel()
         raise
     response = EventStream(
-        with_keep_alive(_frames(frames, first, events), KEEP_ALIVE_SECONDS),
+        with_keep_alive(_frames(frames, first, events), keep_alive_seconds),
         abandon=partial(cancelling.cancel_soon, request_id),
-        last_words=frames.error(Refusal("service_unavailable", "The server is restarting.", retry_after=2)),
+        last_words=frames.error(RESTARTING),
     )
     response.headers["x-cache"] = "miss"
     if admitted.clamped:
@@ -55,14 +66,26 @@ async def open_stream(admitted: Admitted, frames: Frames) -> EventStream:
     return response
 
 
+async def spoken(request_id: str, frames: Frames) -> AsyncGenerator[Spoken]:
+    """Events with what the dialect says of them. Raises Refusal as `follow`."""
+    async with aclosing(follow(request_id)) as events:
+        async for event in events:
+            if event.kind == "finished":
+                yield event, b""
+            elif event.kind == "delta":
+                yield event, frames.delta(event)
+            elif said := frames.started(event):
+                yield event, said
+
+
 async def _frames(
-    frames: Frames, first: asyncio.Future[StreamEvent], events: AsyncGenerator[StreamEvent]
+    frames: Frames, first: asyncio.Future[Spoken], events: AsyncGenerator[Spoken]
 ) -> AsyncGenerator[bytes]:
     try:
-        event = await first
+        event, said = await first
         while event.kind != "finished":
-            yield frames.delta(event)
-            event = await anext(events)
+            yield said
+            event, said = await anext(events)
         ending = ending_of(event)
         if ending.finish_reason is None:
             yield frames.error(failure(ending), event.id)

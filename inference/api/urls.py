@@ -28,6 +28,7 @@ urlpatterns = [
     # health and metrics
     path("healthz", health.HealthView.as_view(), name="healthz"),
     path("health", health.HealthView.as_view()),
+    path("v1/health", health.HealthView.as_view()),
     path("v1/healthz", health.HealthView.as_view()),
     path("readyz", health.ReadyView.as_view(), name="readyz"),
     path("v1/readyz", health.ReadyView.as_view()),
@@ -44,11 +45,12 @@ urlpatterns = [
     # llama.cpp
     path("completion", llama.CompletionView.as_view(), name="completion"),
     path("completions", llama.CompletionsView.as_view()),
+    path("infill", llama.InfillView.as_view(), name="infill"),
     path("tokenize", llama_models.TokenizeView.as_view(), name="tokenize"),
     path("detokenize", llama_models.DetokenizeView.as_view(), name="detokenize"),
     path("lora-adapters", llama_models.LoraAdaptersView.as_view(), name="lora-adapters"),
     path("slots", llama_slots.SlotsView.as_view(), name="slots"),
-    path("slots/<str:id_slot>", llama_slots.SlotActionView.as_view(), name="slot-action"),
+    re_path(r"^slots/(?P<id_slot>[^/]{1,64})$", llama_slots.SlotActionView.as_view(), name="slot-action"),
     path("props", llama_models.PropsView.as_view(), name="props"),
     # operator
     path("v1/admin/usage", operator.UsageView.as_view(), name="admin-usage"),

@@ -17,12 +17,15 @@ from pathlib import Path
 
 from inference.engine import sampling, seating
 from inference.engine.backend import Backend, Chosen, SlotWork
+from inference.engine.drafter import Drafter
+from inference.engine.drafting import DraftSettings, DraftTerms
 from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
 from inference.engine.prefix import Held, common_prefix
 from inference.engine.scheduler import schedule
 from inference.engine.sequence import Sequence
 from inference.engine.slot_keeper import SlotKeeper, SlotState
 from inference.engine.slots import SlotName, SlotTable
+from inference.engine.speculative import Proposer
 from inference.engine.state_store import StateStore, StoredState
 from inference.engine.stats import Counters, EngineStats
 from inference.engine.types import (
@@ -41,6 +44,7 @@ from inference.engine.types import (
 STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
+NO_DRAFTS = DraftTerms()
 
 DRIFT_WEIGHT = 0.2
 """How much the latest step counts for how far reality is from the measured cost curve."""
@@ -53,8 +57,9 @@ def draw_seed() -> int:
 class Engine:
     """The live sequences of one backend, in order of arrival.
 
-    clock: monotonic seconds. draw_seed: seeds for requests that bring none. state_bytes: room for the states of slots
-    that others took.
+    clock: monotonic seconds. draw_seed: seeds for requests that bring none. proposer: who guesses tokens, on the terms
+    of draft_settings; None is nobody. It is freed with the backend. state_bytes: room for the states of slots that
+    others took.
     """
 
     def __init__(
@@ -65,8 +70,14 @@ class Engine:
         draw_seed: Callable[[], int] = draw_seed,
         step_seconds: float = STEP_SECONDS,
         state_bytes: int = 0,
+        proposer: Proposer | None = None,
+        draft_settings: DraftSettings | None = None,
     ) -> None:
         self._backend = backend
+        self._drafter: Drafter | None = None
+        if proposer is not None:
+            most = backend.max_draft_tokens if backend.abilities.trim else 0
+            self._drafter = Drafter(proposer, draft_settings or DraftSettings(), n_ctx=backend.n_ctx, most=most)
         self._clock = clock
         self._draw_seed = draw_seed
         self._step_seconds = step_seconds
@@ -143,6 +154,8 @@ class Engine:
         now = self._clock()
         for sequence in (*self._running.values(), *self._waiting.values()):
             self._events.append(Finished(sequence.request_id, FinishReason.ERROR, sequence.receipt(now), error=error))
+            if self._drafter:
+                self._drafter.close(sequence.request_id)
         self._running.clear()
         self._waiting.clear()
         self._slots.clear()
@@ -184,6 +197,8 @@ class Engine:
         candidate = Candidate("", 1, adapters=saved.adapters, scope=scope, number=number)
         (chosen,) = seating.seat(replace(self._view(), waiting=(candidate,)))[0]
         self._keeper.make_room(chosen.slot_id)
+        if self._drafter:
+            self._drafter.forget(chosen.slot_id)
         self._keeper.restore(chosen.slot_id, name, saved, self._counters.num_steps)
 
     def erase_slot(self, name: SlotName) -> int:
@@ -233,9 +248,12 @@ class Engine:
         plan = schedule(self._view())
         self._seat(plan.seats)
         if work := self._start(plan, now):
+            executed = self._clock() if plan.num_drafted else now
             outputs = self._backend.execute(list(work.values()), plan.adapters)
             self._take_turn(plan.adapters, self._clock() - now)
-            self._commit(work, outputs, started=now)
+            self._commit(work, outputs, started=now, executed=executed)
+            if self._drafter:
+                self._drafter.spend(self._clock() - now, plan.probe_seconds)
 
     def stats(self) -> EngineStats:
         """A snapshot; any thread may call it."""
@@ -258,9 +276,16 @@ class Engine:
             num_switches=counters.num_switches,
             num_adapters=len(self._backend.adapters),
             cost_curve=self._backend.cost,
+            num_drafts=counters.num_drafts,
+            drafted_tokens_total=counters.drafted_tokens_total,
+            accepted_tokens_total=counters.accepted_tokens_total,
+            accepted_per_position=tuple(counters.accepted_per_position),
+            draft_length=counters.draft_length,
         )
 
     def free(self) -> None:
+        if self._drafter:
+            self._drafter.free()
         self._backend.free()
 
     # plan
@@ -270,6 +295,7 @@ class Engine:
 
     def _view(self) -> ScheduleView:
         free = self._slots.free
+        drafter = self._drafter
         return ScheduleView(
             running=tuple(sequence.candidate() for sequence in self._running.values()),
             waiting=tuple(self._waiting_candidates()) if free else (),
@@ -286,6 +312,8 @@ class Engine:
             cost=self._backend.cost,
             step=self._counters.num_steps,
             turn=self._turn,
+            draftable=drafter.offers(self._running.values()) if drafter else {},
+            draft_terms=drafter.terms if drafter else NO_DRAFTS,
         )
 
     def _waiting_candidates(self) -> Iterator[Candidate]:
@@ -358,6 +386,9 @@ class Engine:
             except EngineError as error:
                 self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
             else:
+                if self._drafter:
+                    in_place = seat.copy_from is None and not seat.is_restored
+                    self._drafter.open(sequence, seat.slot_id, num_cached if in_place else 0)
                 sequence.reuse(num_cached)
                 self._counters.cached_tokens_total += num_cached
 
@@ -378,11 +409,12 @@ class Engine:
         for sequence in chosen:
             if sequence.started_at is None and sequence.slot_number is not None:
                 sequence.started_at = now
-                self._events.append(Started(sequence.request_id, sequence.slot_number))
+                self._events.append(Started(sequence.request_id, sequence.slot_number, sequence.cached_tokens))
         # llama.cpp batches together only sequences that follow each other in rising order of their ids.
         seated = sorted((sequence.slot_id, sequence.request_id) for sequence in chosen if sequence.slot_id is not None)
+        drafts = self._drafter.drafts(plan.num_drafted, self._running) if self._drafter and plan.num_drafted else {}
         return {
-            request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id])
+            request_id: self._running[request_id].work(slot_id, plan.num_tokens[request_id], drafts.get(request_id, ()))
             for slot_id, request_id in seated
         }
 
@@ -392,18 +424,22 @@ class Engine:
 
     # commit
 
-    def _commit(self, work: dict[str, SlotWork], outputs: list[Chosen], *, started: float) -> None:
+    def _commit(self, work: dict[str, SlotWork], outputs: list[Chosen], *, started: float, executed: float) -> None:
         now = self._clock()
         step = self._counters.num_steps
         self._count(work, now - started, now)
-        self._observe(sum(len(part.tokens) for part in work.values()), now - started)
+        self._observe(sum(len(part.tokens) for part in work.values()), now - executed)
         for (request_id, part), chosen in zip(work.items(), outputs, strict=True):
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
             if part.num_drafted:
-                sequence.count_draft(part.num_drafted, len(chosen.tokens) - 1)
+                num_accepted = max(0, len(chosen.tokens) - 1)
+                sequence.count_draft(part.num_drafted, num_accepted)
+                self._counters.count_draft(part.num_drafted, num_accepted)
             if chosen.tokens:
                 self._extend(sequence, chosen, now)
+                if self._drafter:
+                    self._drafter.learn(sequence)
             elif sequence.is_prompt_done:
                 self._finish(sequence, FinishReason.LENGTH, now)
             if chosen.error and request_id in self._running:
@@ -417,6 +453,7 @@ class Engine:
             num_decoding=len(decoding),
             prompt=sum(len(part.tokens) for part in work.values()) - decoded,
             decoded=decoded,
+            drafted=sum(part.num_drafted for part in decoding),
             seconds=seconds,
         )
         self._counters.last_step_at = now
@@ -492,6 +529,8 @@ class Engine:
         self._events.append(
             Finished(sequence.request_id, reason, sequence.receipt(now), stop_word=stop_word, error=error)
         )
+        if self._drafter:
+            self._drafter.close(sequence.request_id)
         self._waiting.pop(sequence.request_id, None)
         if self._running.pop(sequence.request_id, None) and sequence.slot_id is not None:
             held = sequence.held(self._counters.num_steps)

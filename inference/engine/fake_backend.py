@@ -11,7 +11,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
@@ -56,7 +56,8 @@ class _Open:
 
 def _certain(tokens: Sequence[int], num_probs: int) -> tuple[TokenProbs, ...]:
     """A fake is sure of what it says."""
-    return tuple(TokenProbs(token, 0.0, ((token, 0.0),)) for token in tokens) if num_probs else ()
+    sure = (TokenProbs(token, 0.0, PIECES[token]) for token in tokens)
+    return tuple(replace(each, top=(each,)) for each in sure) if num_probs else ()
 
 
 class FakeBackend:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from inference.engine.costs import CostCurve
+from inference.engine.drafting import Draftable, DraftTerms
 from inference.engine.slots import SlotName
 from inference.engine.types import AdapterVector
 
@@ -66,7 +67,7 @@ class ScheduleView:
 
     step: number of the step to plan. held: tokens that free slots hold; used: the step after which they became free.
     busy: the vector of each slot that is taken. names: of slots that are taken or hold something, whose they are and
-    what they are called.
+    what they are called. draftable: decoding sequences that could have guesses, on draft_terms.
     """
 
     running: tuple[Candidate, ...] = ()
@@ -84,6 +85,8 @@ class ScheduleView:
     cost: CostCurve = field(default_factory=CostCurve)
     step: int = 0
     turn: Turn = field(default_factory=Turn)
+    draftable: Mapping[str, Draftable] = field(default_factory=dict)
+    draft_terms: DraftTerms = field(default_factory=DraftTerms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,12 @@ class StepPlan:
     seats: of waiting requests that get a slot first, in this order; the engine reads it.
     num_tokens: how many pending tokens of which sequence are computed; engine and backend read it.
     adapters: the one adapter vector of all sequences in the step; the backend reads it.
+    num_drafted: of which sequence how many guesses are verified at most, beside num_tokens; the engine asks for them.
+    probe_seconds: of the step, what serves to find out whether longer drafts would pay; the engine books it.
     """
 
     seats: tuple[Seat, ...] = ()
     num_tokens: dict[str, int] = field(default_factory=dict)
     adapters: AdapterVector = ()
+    num_drafted: dict[str, int] = field(default_factory=dict)
+    probe_seconds: float = 0.0

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from inference.engine.backend import Backend
+from inference.engine.drafting import DraftSettings
 from inference.engine.engine import Engine, draw_seed
 from inference.engine.slot_keeper import SlotState
 from inference.engine.slots import SlotName
+from inference.engine.speculative import Proposer
 from inference.engine.state_store import StoredState
 from inference.engine.stats import EngineStats
 from inference.engine.types import EngineError, EventSink, Finished, GenerationRequest, SlotReport, TokenEvent
@@ -61,8 +63,9 @@ class EngineRunner:
 
     sink is called on that thread, once per step with all events of the step. on_crash is called there after an
     exception of the backend or the sink: by then every live sequence has got its Finished(ERROR), and no request is
-    taken any more. max_waiting bounds the requests that have no slot yet. state_bytes: room for states of slots that
-    others took; states: of an earlier life, to begin with; keep_states: is given them all at an orderly end.
+    taken any more. max_waiting bounds the requests that have no slot yet. proposer, draft_settings: see Engine.
+    state_bytes: room for states of slots that others took; states: of an earlier life, to begin with; keep_states: is
+    given them all at an orderly end.
     """
 
     def __init__(
@@ -74,11 +77,20 @@ class EngineRunner:
         max_waiting: int = 4096,
         on_crash: Callable[[BaseException], None] | None = None,
         draw_seed: Callable[[], int] = draw_seed,
+        proposer: Proposer | None = None,
+        draft_settings: DraftSettings | None = None,
         state_bytes: int = 0,
         states: Iterable[StoredState] = (),
         keep_states: Callable[[Iterator[StoredState]], None] | None = None,
     ) -> None:
-        self._engine = Engine(backend, clock=clock, draw_seed=draw_seed, state_bytes=state_bytes)
+        self._engine = Engine(
+            backend,
+            clock=clock,
+            draw_seed=draw_seed,
+            proposer=proposer,
+            draft_settings=draft_settings,
+            state_bytes=state_bytes,
+        )
         self._engine.put_back(states)
         self._keep_states = keep_states
         self._sink = sink

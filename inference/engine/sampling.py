@@ -63,6 +63,8 @@ def check(params: SamplingParams, n_vocab: int) -> None:
         value = getattr(params, name)
         if not low <= value <= high:  # NaN fails every comparison
             raise _invalid(f"{name} is {value}, it must be between {low:g} and {high:g}")
+    if not 0 <= params.num_probs <= n_vocab:
+        raise _invalid(f"num_probs is {params.num_probs}, the vocabulary has {n_vocab} tokens")
     _check_samplers(params.samplers)
     _check_bias(params.logit_bias, n_vocab)
 
@@ -127,7 +129,8 @@ def _before_greedy(params: SamplingParams, seed: int, n_ctx: int) -> list[Sample
         return []
     names = params.samplers[: params.samplers.index("temperature")]
     steps = _active(params, names, seed, n_ctx)
-    while steps and steps[-1].name in _KEEPS_THE_BEST:
+    reports_what_is_left = params.num_probs > 0 and params.post_sampling_probs
+    while steps and not reports_what_is_left and steps[-1].name in _KEEPS_THE_BEST:
         steps.pop()
     return steps
 

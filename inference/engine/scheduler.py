@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inference.engine.drafting import DraftLengths, lengths
 from inference.engine.plan import Candidate, ScheduleView, StepPlan
 from inference.engine.seating import seat
 from inference.engine.turns import next_vector
@@ -16,7 +17,7 @@ MIN_PREFILL_TOKENS = 8
 
 
 def schedule(view: ScheduleView) -> StepPlan:
-    """Seat the waiting; then every decoding sequence; then prompt chunks in the time left.
+    """Seat the waiting; then every decoding sequence, with a draft where it pays; then prompt chunks in the time left.
 
     Prompt tokens are limited so that the step is expected to take view.step_seconds at most. Half of them go to the
     oldest unfinished prompt, so that none starves; the rest to the shortest first, so that a short prompt does not wait
@@ -29,10 +30,11 @@ def schedule(view: ScheduleView) -> StepPlan:
     adapters = next_vector(candidates, view.turn, view.step)
     group = [candidate for candidate in candidates if candidate.adapters == adapters]
     num_tokens = _decode(group, view.max_step_tokens)
-    budget = _prefill_budget(view, sum(num_tokens.values()))
     prompts = [candidate for candidate in group if not candidate.is_decoding]
+    drafts = _drafts(view, num_tokens, prompts) if view.draftable else DraftLengths()
+    budget = _prefill_budget(view, sum(num_tokens.values()) + sum(drafts.num_drafted.values()))
     num_tokens |= _prefill(prompts, budget, view.max_chunk_tokens)
-    return StepPlan(seats=seats, num_tokens=num_tokens, adapters=adapters)
+    return StepPlan(seats, num_tokens, adapters, drafts.num_drafted, drafts.probe_seconds)
 
 
 def _decode(group: Sequence[Candidate], most: int) -> dict[str, int]:
@@ -43,6 +45,17 @@ def _decode(group: Sequence[Candidate], most: int) -> dict[str, int]:
             planned[candidate.request_id] = candidate.num_pending
             most -= candidate.num_pending
     return planned
+
+
+def _drafts(view: ScheduleView, num_decode: dict[str, int], prompts: Sequence[Candidate]) -> DraftLengths:
+    """How long the drafts of these decoding sequences are. A prompt's token is worth as much as an answer's, and is
+    certain: beside a prompt that fills the step, drafts must be nearly so."""
+    wanted = {each: view.draftable[each] for each in num_decode if each in view.draftable}
+    num_decoding = sum(num_decode.values())
+    pending = sum(min(each.num_pending, view.max_chunk_tokens) for each in prompts)
+    num_useful = num_decoding + min(pending, _prefill_budget(view, num_decoding))
+    room = view.max_step_tokens - num_decoding - (MIN_PREFILL_TOKENS if prompts else 0)
+    return lengths(wanted, view.draft_terms, view.cost, num_useful=num_useful, room=max(room, 0), turn=view.step)
 
 
 def _prefill_budget(view: ScheduleView, num_decode: int) -> int:

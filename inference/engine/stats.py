@@ -5,7 +5,7 @@ Written by the engine's thread alone; other threads read a snapshot, whose field
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from inference.engine.costs import CostCurve
 
@@ -17,7 +17,9 @@ class EngineStats:
     num_held_back: of the waiting, those that a busy slot alone can serve. num_batched_sequences sums the sequences of
     every executed plan, num_decode_sequences those that were generating, over the num_decode_steps plans that had
     any. prompt_tokens_total: those computed, without the cached ones. num_switches: steps with another adapter vector
-    than the one before; num_adapters: those loaded now. A step's seconds are shared out by its prompt and generated
+    than the one before; num_adapters: those loaded now. num_drafts were verified, of drafted_tokens_total tokens, of
+    which accepted_tokens_total were right; accepted_per_position: of each position in a draft. draft_length: guesses a
+    generating sequence that the latest step verified. A step's seconds are shared out by its prompt and generated
     tokens.
     """
 
@@ -38,6 +40,11 @@ class EngineStats:
     num_switches: int
     num_adapters: int
     cost_curve: CostCurve
+    num_drafts: int
+    drafted_tokens_total: int
+    accepted_tokens_total: int
+    accepted_per_position: tuple[int, ...]
+    draft_length: float
 
 
 @dataclass(slots=True)
@@ -55,14 +62,32 @@ class Counters:
     decode_seconds_total: float = 0.0
     last_step_at: float | None = None
     num_switches: int = 0
+    num_drafts: int = 0
+    drafted_tokens_total: int = 0
+    accepted_tokens_total: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    draft_length: float = 0.0
 
-    def count_step(self, *, num_sequences: int, num_decoding: int, prompt: int, decoded: int, seconds: float) -> None:
-        """Book an executed step of prompt + decoded computed tokens."""
+    def count_draft(self, num_drafted: int, num_accepted: int) -> None:
+        """Book a verified draft."""
+        self.num_drafts += 1
+        self.drafted_tokens_total += num_drafted
+        self.accepted_tokens_total += num_accepted
+        positions = self.accepted_per_position
+        positions += [0] * (num_drafted - len(positions))
+        for position in range(num_accepted):
+            positions[position] += 1
+
+    def count_step(
+        self, *, num_sequences: int, num_decoding: int, prompt: int, decoded: int, drafted: int, seconds: float
+    ) -> None:
+        """Book an executed step of prompt + decoded computed tokens, of which so many were drafted."""
         self.num_steps += 1
         self.num_batched_sequences += num_sequences
         if num_decoding:
             self.num_decode_steps += 1
             self.num_decode_sequences += num_decoding
+            self.draft_length = drafted / num_decoding
         self.prompt_tokens_total += prompt
         prefill_seconds = seconds * prompt / (prompt + decoded)
         self.prefill_seconds_total += prefill_seconds

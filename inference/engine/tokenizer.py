@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import llama_cpp as native
 
+from inference.engine.grammar_trial import GrammarTrial
 from inference.engine.types import EngineError
 
 MAX_FRAME_BYTES = 32 * 2**20
@@ -43,6 +44,7 @@ class Tokenizer:
         self._model = model
         self._vocab = native.llama_model_get_vocab(model)
         self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+        self._trial: GrammarTrial | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -109,6 +111,23 @@ class Tokenizer:
             "chat_template": None if template is None else template.decode("utf-8", "replace"),
         }
 
+    def fill_tokens(self) -> dict[str, int | None]:
+        """The special tokens for fill-in-the-middle, by llama.cpp's names; None where the model has no such token.
+
+        bos: where a prompt begins with it.
+        """
+        vocab = self._vocab
+        names = ("pre", "suf", "mid", "rep", "sep")
+        found = {name: getattr(native, f"llama_vocab_fim_{name}")(vocab) for name in names}
+        bos = native.llama_vocab_bos(vocab) if native.llama_vocab_get_add_bos(vocab) else -1
+        return {name: _token_or_none(token) for name, token in {**found, "bos": bos}.items()}
+
+    def try_grammar(self, grammar: str) -> int:
+        """Follow a grammar for a moment; see GrammarTrial.run."""
+        if self._trial is None:
+            self._trial = GrammarTrial(self._vocab)
+        return self._trial.run(grammar)
+
     def free(self) -> None:
         """Free the vocabulary; nothing may be called afterwards."""
         native.llama_model_free(self._model)
@@ -130,7 +149,9 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
 
     encode: text, add_special (true), parse_special (false) -> tokens
     detokenize: tokens, special (false) -> text
+    grammar: grammar -> num_tokens, of the text it was tried on
     info: -> the keys of Tokenizer.info
+    fill_tokens: -> fill_tokens, as Tokenizer.fill_tokens
     """
     match request["op"]:
         case "encode":
@@ -138,8 +159,12 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             return {"tokens": tokenizer.encode(request["text"], add_special=add_special, parse_special=parse_special)}
         case "detokenize":
             return {"text": tokenizer.detokenize(request["tokens"], special=request.get("special", False))}
+        case "grammar":
+            return {"num_tokens": tokenizer.try_grammar(request["grammar"])}
         case "info":
             return tokenizer.info()
+        case "fill_tokens":
+            return {"fill_tokens": tokenizer.fill_tokens()}
         case unknown:
             raise EngineError("unknown_operation", f"unknown operation {unknown!r}")
 

@@ -159,19 +159,23 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The sequence has a slot, by its number in the cache_scope, and its first prompt tokens are in the next step."""
+    """The sequence has a slot, by its number in the cache_scope; the slot has num_cached tokens of its prompt, and the
+    next ones are in the next step."""
 
     request_id: str
     slot_id: int
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenProbs:
-    """A chosen token, its natural log-probability (-inf for 0), and the most probable ones, best first."""
+    """A token, its natural log-probability (-inf for 0), the bytes of its text (b"" for control tokens), and, of one
+    that was chosen, the most probable ones in its place, best first."""
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    piece: bytes = b""
+    top: tuple[TokenProbs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from inference.models import ServedModel
 
 def as_row(row: ServedModel) -> dict[str, Any]:
     """JSON about one model, for operators."""
-    estimate = registry.estimate_memory(row.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    estimate = registry.memory_of(row)
     return {
         "name": row.name,
         "aliases": row.aliases,
@@ -34,6 +34,8 @@ def as_row(row: ServedModel) -> dict[str, Any]:
         "n_gpu_layers": row.n_gpu_layers,
         "kv_type": row.kv_type,
         "context_shift": row.context_shift,
+        "draft_kind": row.draft_kind,
+        "draft_model": row.draft_model.name if row.draft_model else None,
         "load_mode": row.load_mode,
         "keep_alive_seconds": row.keep_alive_seconds,
         "visibility": row.visibility,

@@ -223,6 +223,10 @@ class TokenizerPool:
         """The text of tokens. Raises Refusal as `encode`, also for an id that the model does not have."""
         return str(self.ask(model, {"op": "detokenize", "tokens": list(tokens), "special": special})["text"])
 
+    def fill_tokens(self, model: HasVocabulary) -> dict[str, int | None]:
+        """The model's tokens for fill-in-the-middle: pre, suf, mid, rep, sep, and bos where a prompt begins with it."""
+        return dict(self.ask(model, {"op": "fill_tokens"})["fill_tokens"])
+
     def info(self, model: HasVocabulary) -> dict[str, Any]:
         """n_vocab, bos_token, eos_token, eot_token, end_tokens, add_bos, add_eos, chat_template."""
         return self.ask(model, {"op": "info"})
@@ -280,3 +284,13 @@ def tokenizer_pool() -> TokenizerPool:
     """The pool of this process."""
     config = settings.CONFIG
     return TokenizerPool(processes=config.tokenizer_processes, timeout_seconds=config.tokenizer_timeout_seconds)
+
+
+GRAMMAR_TIMEOUT_SECONDS = 0.8
+"""Ten times what the largest grammar that is let through takes on a quiet machine."""
+
+
+@lru_cache(maxsize=1)
+def grammar_pool() -> TokenizerPool:
+    """Children that try grammars out: others than those that tokenize, whom no grammar can hold up."""
+    return TokenizerPool(processes=settings.CONFIG.tokenizer_processes, timeout_seconds=GRAMMAR_TIMEOUT_SECONDS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inference.engine import (
+    CostCurve,
     Delta,
     Finished,
     GenerationRequest,
@@ -15,6 +17,7 @@ from inference.engine import (
     Started,
     TokenEvent,
 )
+from inference.engine.speculative import Ask
 
 
 class EventLog:
@@ -96,3 +99,60 @@ def assert_well_formed(events: Sequence[TokenEvent]) -> None:
         last = own[-1]
         assert isinstance(last, Finished)
         assert last.receipt.completion_tokens == sum(len(event.tokens) for event in own if isinstance(event, Delta))
+
+
+class Rehearsed:
+    """A proposer that was told the answers, by prompt, and guesses them right as often as the test wants.
+
+    rates: of each position in a draft, how often its guess is right; the last counts for all behind it. Which ones are
+    right depends on nothing but the place in the answer. asked: every ask, as (slot, number of tokens, num_max).
+    """
+
+    def __init__(
+        self,
+        answers: Mapping[tuple[int, ...], Sequence[int]],
+        *rates: float,
+        is_free: bool = False,
+        cost: CostCurve | None = None,
+        num_behind: int = 0,
+    ) -> None:
+        self._answers = answers
+        self._rates = rates or (1.0,)
+        self.is_free = is_free
+        self.cost = cost or CostCurve()
+        self.asked: list[tuple[int, int, int]] = []
+        self.opened: list[tuple[int, int]] = []
+        self.shifted: list[tuple[int, int, int]] = []
+        self.is_freed = False
+        self._num_behind = num_behind
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        self.asked += [(ask.slot_id, len(ask.tokens), ask.num_max) for ask in asks]
+        return [self._guesses(ask) for ask in asks]
+
+    def _guesses(self, ask: Ask) -> list[int]:
+        tokens = tuple(ask.tokens)
+        prompt = max((each for each in self._answers if tokens[: len(each)] == each), key=len, default=None)
+        if prompt is None:
+            return []
+        index = len(tokens) - len(prompt)
+        coming = self._answers[prompt][index : index + ask.num_max]
+        return [
+            token if self._is_right(index + position, position) else token + 1 for position, token in enumerate(coming)
+        ]
+
+    def _is_right(self, index: int, position: int) -> bool:
+        rate = self._rates[min(position, len(self._rates) - 1)]
+        return zlib.crc32(f"{index} {position}".encode()) / 2**32 < rate
+
+    def num_behind(self, slot_id: int, num_tokens: int) -> int:
+        return self._num_behind
+
+    def open(self, slot_id: int, num_kept: int) -> None:
+        self.opened.append((slot_id, num_kept))
+
+    def shift(self, slot_id: int, num_keep: int, num_discard: int) -> None:
+        self.shifted.append((slot_id, num_keep, num_discard))
+
+    def free(self) -> None:
+        self.is_freed = True

@@ -318,6 +318,34 @@ def test_tokens_of_a_verified_draft_are_committed_one_by_one(clock: HandClock) -
     assert [event.tokens for event in bench.events if isinstance(event, Delta)] == [(1, 2, END)]
 
 
+@pytest.mark.parametrize("tokens", [(), (1, 2)])
+def test_where_nothing_may_be_chosen_the_sequence_ends_with_what_it_has(
+    tokens: tuple[int, ...], clock: HandClock
+) -> None:
+    """A grammar's dead end: the tokens before it are committed and counted, then the error ends it."""
+
+    class Stuck(FakeBackend):
+        def execute(self, work: Sequence[SlotWork], adapters: Any) -> list[Chosen]:
+            return [Chosen(tokens, error="grammar_dead_end") if part.samples else NOTHING for part in work]
+
+    bench = Bench(clock, Stuck(1, 64))
+    bench.add(max_tokens=10)
+    last = bench.run()["r"]
+    assert (last.reason, last.error) == (FinishReason.ERROR, "grammar_dead_end")
+    assert last.receipt.completion_tokens == len(tokens)
+    assert last.receipt.accepted_tokens == 0
+    assert_well_formed(bench.events)
+
+
+def test_probabilities_come_with_the_tokens_that_were_committed(clock: HandClock) -> None:
+    bench = Bench(clock, FakeBackend(1, 64, answer_tokens=4))
+    bench.add(max_tokens=10, sampling=SamplingParams(num_probs=1))
+    bench.run()
+    deltas = [event for event in bench.events if isinstance(event, Delta)]
+    assert all(tuple(each.token for each in event.probs) == event.tokens for event in deltas)
+    assert b"".join(each.piece for event in deltas for each in event.probs).decode() == "".join(e.text for e in deltas)
+
+
 def test_adapter_vectors_take_turns_on_a_backend_that_has_them(clock: HandClock) -> None:
     bench = Bench(clock, FakeBackend(2, 64, supports_adapters=True))
     bench.engine.load_adapter("poet", __file__)

@@ -57,6 +57,12 @@ def test_greedy_keeps_what_can_change_the_best_token() -> None:
     assert names(temperature=0.0, xtc_probability=0.5) == ["top_k", "top_p", "min_p", "xtc", "greedy"]
 
 
+def test_greedy_keeps_what_thins_out_the_candidates_that_are_to_be_reported() -> None:
+    reported = {"temperature": 0.0, "num_probs": 3, "post_sampling_probs": True}
+    assert names(**reported) == ["top_k", "top_p", "min_p", "greedy"]
+    assert names(**{**reported, "post_sampling_probs": False}) == ["greedy"]
+
+
 def test_greedy_ignores_what_comes_after_the_temperature() -> None:
     assert names(temperature=0.0, repeat_penalty=1.2, samplers=("temperature", "penalties")) == ["greedy"]
 
@@ -129,6 +135,8 @@ def test_a_seed_is_folded_into_the_native_range_and_never_asks_for_a_random_one(
         {"presence_penalty": math.inf},
         {"min_keep": -1},
         {"mirostat": 3},
+        {"num_probs": -1},
+        {"num_probs": 101},
         {"xtc_probability": 1.5},
         {"dry_allowed_length": -1},
         {"samplers": ("top_k", "magic")},

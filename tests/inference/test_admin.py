@@ -70,6 +70,11 @@ def form(**values: Any) -> dict[str, Any]:
         "n_threads": "",
         "n_gpu_layers": 0,
         "kv_type": "f16",
+        "draft_kind": "none",
+        "draft_n_min": 0,
+        "draft_n_max": 16,
+        "draft_p_min": 0,
+        "draft_policy": "adaptive",
         "pool": "default",
         "load_mode": "eager",
         "keep_alive_seconds": "",
@@ -119,6 +124,20 @@ def test_every_page_of_the_models_renders(operator: Client, model: ServedModel) 
     page = text_of(operator.get(change_page(model)))
     for shown in ("key-value cache", "Trained context", "4,096", "{{ messages[0].content }}", model.digest):
         assert shown in page
+
+
+def test_a_model_that_guesses_must_have_the_same_vocabulary(operator: Client, tmp_path: Path) -> None:
+    tokens = {"tokenizer.ggml.tokens": (9, (8, ["<s>", "</s>", "a", "c"]))}
+    for name, changes in (("small", {"general.name": (8, "small")}), ("other", tokens)):
+        path = gguf_files.write(tmp_path, f"{name}.gguf", changes=changes)
+        assert operator.post(ADD, form(name=name, path=str(path))).status_code == 302
+    small, other = ServedModel.objects.order_by("-name")
+    fields = {"path": str(gguf_files.write(tmp_path)), "draft_kind": "model"}
+    for draft, sentence in (("", "Choose the model that guesses"), (other.pk, "cannot guess for this model")):
+        page = text_of(operator.post(ADD, form(**fields, draft_model=draft)))
+        assert sentence in page
+    assert operator.post(ADD, form(**fields, draft_model=small.pk)).status_code == 302
+    assert ServedModel.objects.get(name="tiny").draft_model == small
 
 
 def test_a_model_is_registered_by_its_path(operator: Client, tmp_path: Path) -> None:

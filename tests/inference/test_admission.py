@@ -15,6 +15,7 @@ from inference import admission, doorbell, settlement
 from inference.admission import Admitted, CachedAnswer, admit
 from inference.completion_cache import Completion, completion_cache
 from inference.engine.types import Decoding, SamplingParams
+from inference.grammars import Verdicts
 from inference.models import Receipt, ServedModel
 from inference.queue import TicketQueue, ticket_queue
 from inference.registry import forget
@@ -75,6 +76,12 @@ def test_an_order_becomes_a_ticket_in_the_queue_and_rings_once(alice: Any, bell:
     assert sent.created_at < sent.queue_deadline_at <= sent.deadline_at
 
 
+def test_a_shared_prompt_is_reserved_by_its_payer_alone(alice: Any) -> None:
+    sent = admitted(principal_of(alice), shares_prompt=True, cache_prompt=False).ticket
+    assert (sent.num_prompt_tokens, sent.reserved_tokens, sent.entered_tokens) == (10, 16, 16)
+    assert sent.prefix_cache, "what its payer has computed is not computed again"
+
+
 def test_the_reservation_outlives_the_deadline(alice: Any) -> None:
     sent = admitted(principal_of(alice)).ticket
     assert Reservation.objects.get().expires_at.timestamp() > sent.deadline_at + 30
@@ -96,6 +103,49 @@ def test_text_is_tokenized_and_tokens_are_taken_as_they_are(alice: Any, monkeypa
 
     monkeypatch.setattr(admission, "tokenizer_pool", Words)
     assert admitted(principal_of(alice), prompt="to be or not").ticket.prompt == (2, 2, 2, 3)
+
+
+# Its form
+
+
+class Trials:
+    """In the place of the pool of children that try grammars."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, model: Any, message: dict[str, Any]) -> dict[str, Any]:
+        self.asked += 1
+        if "bomb" in message["grammar"]:
+            raise Refusal("tokenizer_failed", "This text cannot be tokenized.")
+        return {"ok": True}
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+    made = Trials()
+    verdicts = Verdicts(lambda: made)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(admission, "verdicts", lambda: verdicts)
+    return made
+
+
+def test_a_grammar_is_tried_before_it_is_queued_and_only_once(alice: Any, trials: Trials) -> None:
+    sampling = SamplingParams(grammar='root ::= "a"')
+    for _ in range(2):
+        assert admitted(principal_of(alice), sampling=sampling).ticket.sampling == sampling
+    assert trials.asked == 1
+    admitted(principal_of(alice))
+    assert trials.asked == 1
+
+
+def test_a_grammar_that_ends_its_child_is_refused_and_nothing_is_held(
+    alice: Any, bell: list[str], valkey: Any, trials: Trials
+) -> None:
+    before = everything(valkey)
+    refusal = refused(principal_of(alice), sampling=SamplingParams(grammar='root ::= bomb\nbomb ::= "a"'))
+    assert refusal.code == "invalid_grammar"
+    assert everything(valkey) == before
+    assert bell == []
 
 
 # How long the answer may be
@@ -367,6 +417,11 @@ def test_another_request_is_computed(alice: Any, changes: dict[str, Any]) -> Non
     assert isinstance(
         admit(principal, order(**{"use_cache": True, **changes}), request_id=new_id(), route="r"), Admitted
     )
+
+
+def test_probabilities_are_not_kept(alice: Any) -> None:
+    sampling = SamplingParams(num_probs=1)
+    assert admitted(principal_of(alice), use_cache=True, sampling=sampling).ticket.cache_key is None
 
 
 def test_bob_does_not_see_what_was_computed_for_alice(alice: Any, cast: Any) -> None:

@@ -62,6 +62,13 @@ def test_what_was_cut_off_costs_what_was_computed(reason: FinishReason) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("reason", [FinishReason.EOS, FinishReason.CANCELLED])
+def test_an_answer_to_a_prompt_that_another_pays_for_costs_its_output(reason: FinishReason) -> None:
+    outcome = price(end(reason), shares_prompt=True)
+    assert (outcome.prompt_tokens, outcome.charged_tokens, outcome.is_charged) == (10, 6, True)
+
+
+@pytest.mark.unit
 def test_what_was_cut_off_before_its_first_step_is_free() -> None:
     outcome = price(end(FinishReason.CANCELLED, num_steps=0, completion=0))
     assert (outcome.charged_tokens, outcome.is_charged) == (0, False)
@@ -73,6 +80,15 @@ def test_failures_are_free(error: str | None) -> None:
     outcome = price(end(FinishReason.ERROR, error=error))
     assert (outcome.status, outcome.charged_tokens, outcome.is_charged) == ("failed", 0, False)
     assert outcome.error_code == (error or "error")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("error", ["grammar_dead_end", "grammar_too_slow"])
+def test_a_stream_that_its_own_grammar_ended_is_paid_for_and_no_other_answer(error: str) -> None:
+    streamed = price(end(FinishReason.ERROR, error=error), stream=True)
+    assert (streamed.status, streamed.charged_tokens, streamed.is_charged) == ("cancelled", 16, True)
+    assert (streamed.finish_reason, streamed.error_code) == ("error", error)
+    assert not price(end(FinishReason.ERROR, error=error)).is_charged
 
 
 @pytest.mark.unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +16,12 @@ from django.conf import settings
 
 from accounts import redis_client
 from inference import stream
-from inference.engine.types import Delta, Finished, FinishReason, Receipt, Started
+from inference.engine.types import Delta, Finished, FinishReason, Receipt, SamplingParams, Started, TokenProbs
 from inference.queue import Lease, TicketQueue, ticket_key
 from inference.stream import (
     End,
     SlowFollower,
+    StreamEvent,
     StreamReader,
     StreamWriter,
     encode_delta,
@@ -85,6 +87,28 @@ def test_what_was_not_sent_yet_is_merged(desk: Desk) -> None:
     desk.writer.start()
     found = wait_for(lambda: events(desk.client, lease.ticket.request_id))
     assert found == [{"t": "delta", "text": "abc", "n": 3}]
+
+
+def test_probabilities_travel_with_their_tokens_whatever_bytes_they_have(desk: Desk) -> None:
+    lease = desk.lease(sampling=SamplingParams(num_probs=2))
+    request_id = lease.ticket.request_id
+    likely = (TokenProbs(7, -0.25, b" \xe2\x82"), TokenProbs(2, -math.inf, b""))
+    probs = [TokenProbs(7, -0.25, b" \xe2\x82", likely), TokenProbs(8, -1.5, b'\xac\n"')]
+    desk.writer.publish([Delta(request_id, "", (7,), (probs[0],)), Delta(request_id, "€", (8,), (probs[1],))])
+    desk.writer.start()
+    (found,) = wait_for(lambda: events(desk.client, request_id))
+    assert found["n"] == 2
+    assert StreamEvent("1-1", found).probs() == probs
+
+
+def test_nobody_gets_probabilities_that_nobody_asked_for(desk: Desk) -> None:
+    lease = desk.lease()
+    request_id = lease.ticket.request_id
+    desk.writer.publish([Delta(request_id, "x", (7,), (TokenProbs(7, -0.25, b"x"),))])
+    desk.writer.start()
+    (found,) = wait_for(lambda: events(desk.client, request_id))
+    assert "probs" not in found
+    assert StreamEvent("1-1", found).probs() == []
 
 
 def test_one_flush_carries_what_all_sequences_have_to_say(desk: Desk) -> None:

@@ -96,10 +96,11 @@ def test_a_prompt_of_another_length_is_refused(prompt: bytes) -> None:
 
 
 def test_token_ids_are_asked_for_in_the_header_only_where_somebody_wants_them() -> None:
-    plain, wanted = ticket(), ticket(return_tokens=True)
-    assert b"return_tokens" not in plain.header()
-    assert Ticket.parse(plain.header()).return_tokens is False
-    assert Ticket.parse(wanted.header()).return_tokens is True
+    for name in ("return_tokens", "shares_prompt"):
+        plain, wanted = ticket(), ticket(**{name: True})
+        assert name.encode() not in plain.header()
+        assert getattr(Ticket.parse(plain.header()), name) is False
+        assert getattr(Ticket.parse(wanted.header()), name) is True
 
 
 def test_a_token_that_is_banned_stays_banned_on_the_way() -> None:

@@ -11,7 +11,7 @@ from django.http import HttpResponse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 
-from inference import adapters, admission, registry
+from inference import adapters, admission, registry, slot_actions
 from inference.api.async_view import AsyncAPIView, json_response
 from inference.api.errors import LLAMA
 from inference.api.llamacpp import replies
@@ -27,6 +27,7 @@ from inference.api.llamacpp.schemas import (
     TokenizeReply,
 )
 from inference.engine.types import SamplingParams
+from inference.registry import Served
 from inference.tokenizers import pool
 
 MODEL = OpenApiParameter("model", str, OpenApiParameter.QUERY, description="Absent is the default model.")
@@ -117,11 +118,26 @@ class PropsView(ModelView):
         content = {
             "default_generation_settings": {
                 "n_ctx": admission.context_of(principal, served),
-                "params": replies.generation_settings(SamplingParams(), wanted_tokens=-1),
+                "params": replies.generation_settings(SamplingParams(), wanted_tokens=-1, draft_kind=served.draft_kind),
             },
             "total_slots": served.n_slots,
             "model_alias": served.name,
+            "model_path": served.name,  # where files lie is the operator's business
+            "model_ftype": served.quantization,
+            "modalities": {"vision": False, "audio": False},
+            "endpoint_slots": True,
+            "endpoint_props": False,
+            "endpoint_metrics": True,
+            "webui": False,
             "chat_template": served.chat_template or "",
+            "bos_token": _text_of(served, served.bos_token_id),
+            "eos_token": _text_of(served, served.eos_token_id),
             "build_info": "llmsite",
+            "context_shift": served.context_shift,
+            "abilities": slot_actions.abilities_of(served),
         }
         return json_response(content)
+
+
+def _text_of(served: Served, token: int | None) -> str:
+    return "" if token is None else pool.tokenizer_pool().decode(served, (token,), special=True)

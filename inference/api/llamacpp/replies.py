@@ -11,8 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 from inference.api.following import Collected, Ending
-from inference.engine.types import SamplingParams
+from inference.engine.types import Decoding, SamplingParams, Speculation, TokenProbs
 
+LOWEST = -3.4028234663852886e38
+"""Upstream's log of 0, which JSON has no word for: the least number of 32 bits."""
+DRAFT_TYPES = {"prompt_lookup": "ngram-simple", "model": "draft"}
+"""From a served model's setting to upstream's word."""
 STOP_TYPES = {"eos": "eos", "stop": "word", "length": "limit"}
 
 
@@ -22,16 +26,18 @@ def final(
     model: str,
     settings: dict[str, Any],
     with_tokens: bool,
+    prompt: str,
     index: int = 0,
     content: str | None = None,
 ) -> dict[str, Any]:
     """A whole answer. content: what is said of it here, where a stream has said it already."""
     ending = collected.ending
-    seed = ending.receipt.get("seed")
-    slot = ending.receipt.get("slot_id")
-    return {
+    receipt = ending.receipt
+    seed, slot = receipt.get("seed"), receipt.get("slot_id")
+    found = {
         "index": index,
         "content": collected.text if content is None else content,
+        "prompt": prompt,
         "tokens": collected.tokens if with_tokens else [],
         "id_slot": -1 if slot is None else slot,
         "stop": True,
@@ -40,12 +46,51 @@ def final(
         "tokens_evaluated": ending.prompt_tokens,
         "generation_settings": settings if seed is None else {**settings, "seed": seed},
         "has_new_line": "\n" in collected.text,
-        "truncated": False,
+        "truncated": bool(receipt.get("is_truncated")),
         "stop_type": STOP_TYPES.get(ending.reason, "none"),
         "stopping_word": ending.stop_word or "",
-        "tokens_cached": ending.prompt_tokens + max(0, ending.completion_tokens - 1),
+        "tokens_cached": receipt.get("held_tokens", 0),
         "timings": timings(ending),
     }
+    if collected.probs:
+        found["completion_probabilities"] = probabilities(collected.probs, settings["post_sampling_probs"])
+    return found
+
+
+def probabilities(probs: Sequence[TokenProbs], post_sampling: bool) -> list[dict[str, Any]]:
+    """Of each chosen token, and the most probable ones in its place."""
+    top = "top_probs" if post_sampling else "top_logprobs"
+    return [
+        {**_probability(each, post_sampling), top: [_probability(likely, post_sampling) for likely in each.top]}
+        for each in probs
+    ]
+
+
+def _probability(probs: TokenProbs, post_sampling: bool) -> dict[str, Any]:
+    """A token's bytes may be a part of a character: as text they are what is whole of them."""
+    measure = {"prob": math.exp(probs.logprob)} if post_sampling else {"logprob": max(probs.logprob, LOWEST)}
+    text = probs.piece.decode("utf-8", "ignore")
+    return {"id": probs.token, "token": text, "bytes": list(probs.piece), **measure}
+
+
+def selected(content: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """response_fields: these alone, by the paths under which they were asked for; what is not there is left out."""
+    found = {path: _at(content, path.split("/")) for path in paths}
+    return {path: value for path, value in found.items() if value is not ABSENT}
+
+
+ABSENT = object()
+
+
+def _at(content: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        content = content.get(key, ABSENT) if isinstance(content, dict) else ABSENT
+    return content
+
+
+def progress(total: int, cached: int, processed: int, seconds: float) -> dict[str, Any]:
+    """return_progress: how far a prompt is; what was held already counts as processed, as upstream."""
+    return {"total": total, "cache": cached, "processed": processed, "time_ms": round(seconds * 1000)}
 
 
 def timings(ending: Ending) -> dict[str, Any]:
@@ -74,22 +119,32 @@ def _pace(name: str, number: int, num_timed: int, seconds: float) -> dict[str, A
     }
 
 
-def predicted_so_far(number: int, seconds: float) -> dict[str, Any]:
+def timings_so_far(
+    num_prompt: int, num_cached: int, prompt_seconds: float, num_predicted: int, seconds: float
+) -> dict[str, Any]:
     """timings_per_token: by the clock of the server that sends the events."""
-    return _pace("predicted", number, number - 1, seconds)
+    computed = num_prompt - num_cached
+    return {
+        "cache_n": num_cached,
+        **_pace("prompt", computed, computed, prompt_seconds),
+        **_pace("predicted", num_predicted, num_predicted - 1, seconds),
+    }
 
 
 def generation_settings(
     sampling: SamplingParams,
     *,
     wanted_tokens: int,
+    decoding: Decoding = Decoding(),  # noqa: B008 - frozen
     stop: Sequence[str] = (),
     stream: bool = False,
     timings_per_token: bool = False,
+    draft_kind: str = "none",
     lora: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
     """The echo of what a request asked for, defaults filled in. seed is replaced by the one that was used."""
     settings = asdict(sampling)
+    del settings["num_probs"]
     settings.update(
         seed=-1 if sampling.seed is None else sampling.seed,
         logit_bias=[
@@ -97,13 +152,43 @@ def generation_settings(
         ],
         n_predict=wanted_tokens,
         max_tokens=wanted_tokens,
-        n_keep=0,
-        n_discard=0,
-        n_probs=0,
+        n_keep=decoding.num_keep,
+        n_discard=decoding.num_discard,
+        context_shift=decoding.context_shift,
+        n_probs=sampling.num_probs,
         stop=list(stop),
         stream=stream,
-        grammar="",
+        grammar=sampling.grammar or "",
         timings_per_token=timings_per_token,
         lora=[{"id": position, "scale": scale} for position, scale in lora],
+        **{"speculative.types": DRAFT_TYPES.get(draft_kind, draft_kind)},
+        **_drafts(decoding.speculation),
+        **FIXED,
     )
     return settings
+
+
+FIXED: dict[str, Any] = {
+    "adaptive_target": -1.0,
+    "adaptive_decay": 0.9,
+    "grammar_lazy": False,
+    "grammar_triggers": [],
+    "preserved_tokens": [],
+    "chat_format": "Content-only",
+    "reasoning_format": "none",
+    "reasoning_in_content": False,
+    "generation_prompt": "",
+    "backend_sampling": False,
+}
+"""What upstream echoes and no request here can change."""
+
+
+def _drafts(speculation: Speculation | None) -> dict[str, Any]:
+    """What was asked for; nothing of it where the model's own settings hold."""
+    if speculation is None:
+        return {}
+    return {
+        "speculative.n_min": speculation.num_min,
+        "speculative.n_max": speculation.num_max,
+        "speculative.p_min": speculation.min_probability,
+    }

@@ -7,20 +7,48 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, RootModel
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    RootModel,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from inference.adapters import MAX_VECTOR
-from inference.api.native.schemas import MAX_LOGIT_BIASES, MAX_PROMPT_CHARACTERS, MAX_STOPS, ModelName, Stop
-from inference.engine.types import SamplingParams
+from inference.api.native.schemas import (
+    MAX_GRAMMAR_CHARACTERS,
+    MAX_LOGIT_BIASES,
+    MAX_PROMPT_CHARACTERS,
+    MAX_STOPS,
+    ModelName,
+    Stop,
+)
+from inference.api.sse import KEEP_ALIVE_SECONDS
+from inference.engine.drafting import MAX_DRAFT
+from inference.engine.types import Decoding, SamplingParams, Speculation
+from inference.grammars import grammar_from
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
 
 MAX_PROMPTS = 16
+MAX_ANSWERS = 32
+"""Prompts times completions of each."""
+MAX_PIECES = 256
+"""Strings in one prompt that mixes them with token ids."""
 MAX_TOKENS = 1 << 20
+MAX_PROBS = 100
+MAX_RESPONSE_FIELDS = 64
+MAX_SLOT_ID = 4095
+MAX_MILLISECONDS = 86_400_000
+NO_DRAFTS = Speculation(num_max=0)
 RANDOM_SEEDS = frozenset({-1, 0xFFFFFFFF})
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -62,6 +90,10 @@ class Soft(_Bounds):
 TokenId = Annotated[int, Hard(0, (1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+Pieces = Annotated[list[TokenId | Text], Field(max_length=MAX_TOKENS)]
+"""One prompt of strings and token ids."""
+Piece = str | tuple[str | int, ...]
+ResponseField = Annotated[str, Field(min_length=1, max_length=200)]
 TokenBias = tuple[TokenId, Annotated[float, Hard(-1000, 1000)] | Literal[False]]
 Sampler = Literal["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 Biases = Annotated[list[TokenBias], Field(max_length=MAX_LOGIT_BIASES)]
@@ -90,21 +122,71 @@ class LoraVectorBody(RootModel[Annotated[list[LoraBody], Field(max_length=MAX_VE
         return tuple((each.id, each.scale) for each in self.root)
 
 
-class CompletionBody(BaseModel):
-    """POST /completion."""
+class SpeculativeBody(BaseModel):
+    """Bounds on drafts; they change how fast tokens come, never which."""
 
     model_config = STRICT
 
-    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    n_min: Annotated[int, Soft(0, MAX_DRAFT)] | None = None
+    n_max: Annotated[int, Soft(0, MAX_DRAFT)] | None = None
+    p_min: Annotated[float, Soft(0, 1)] | None = None
+
+
+class StreamOptions(BaseModel):
+    """Of OpenAI's dialect; the last event has all counts here, asked for or not."""
+
+    model_config = STRICT
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextPrompt(BaseModel):
+    """Upstream's form for prompts with media: a text is all that is taken of it."""
+
+    model_config = STRICT
+
+    prompt_string: Text
+    multimodal_data: Annotated[list[Text], Field(max_length=0)] | None = Field(None, description="No media is taken.")
+
+
+Prompts = Annotated[list[Text | Pieces | TextPrompt], Field(max_length=MAX_PROMPTS)]
+
+
+class SamplingBody(BaseModel):
+    """What the routes of this dialect that generate have in common."""
+
+    model_config = STRICT
+
     model: ModelName | None = None
     n_predict: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(
-        None, description="-1: up to the context and the plan."
+        None, description="-1: up to the context and the plan; 0: compute the prompt alone."
     )
     max_tokens: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(None, description="An alias of n_predict.")
     max_completion_tokens: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(
         None, description="An alias of n_predict."
     )
+    n_keep: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(
+        None, description="Tokens of the prompt that a context shift keeps; -1 is all of them."
+    )
+    n_discard: Annotated[int, Hard(0, MAX_TOKENS)] | None = Field(
+        None, description="Tokens that a context shift drops; 0 is half of what it need not keep."
+    )
+    context_shift: bool | None = Field(
+        None, description="With an explicit n_predict: go on where the context is full, as the model is set up to."
+    )
+    t_max_predict_ms: Annotated[int, Hard(-1, MAX_MILLISECONDS)] | None = Field(
+        None, description="End after so much time of generating; up to 0 is no limit."
+    )
+    n_indent: Annotated[int, Hard(0, 0)] | None = Field(None, description="0 alone: indentation is not watched.")
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    sse_ping_interval: Annotated[int, Hard(-1, 3600)] | None = Field(
+        None, description="Seconds between comments that keep a stream alive; never more than 10."
+    )
+    return_progress: bool | None = Field(
+        None, description="In streams: an event when the prompt is begun and one when it is computed."
+    )
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Hard(-1, 0xFFFFFFFF)] | None = Field(None, description="-1 draws one.")
     temperature: Annotated[float, Soft(0, 100)] | None = None
@@ -133,33 +215,52 @@ class CompletionBody(BaseModel):
     samplers: Annotated[list[Sampler], Field(max_length=16)] | None = None
     logit_bias: Biases | BiasesById | None = Field(None, description="Token ids with a bias; false is never.")
     ignore_eos: bool | None = None
+    n_probs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(
+        None, description="Most probable tokens to report beside each one that is chosen."
+    )
+    logprobs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(None, description="An alias of n_probs.")
+    post_sampling_probs: bool | None = Field(None, description="Probabilities as the samplers left them.")
+    grammar: Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS)] | None = Field(
+        None, description="GBNF that the answer follows."
+    )
+    json_schema: dict[str, Any] | None = Field(None, description="JSON Schema that the answer follows; not both.")
     cache_prompt: bool | None = None
     cache: bool | None = Field(None, description="Answer an identical earlier request from the completion cache.")
     lora: Annotated[list[LoraBody], Field(max_length=MAX_VECTOR)] | None = Field(
         None, description="Absent is the tenant's default, [] is none."
     )
+    speculative: SpeculativeBody | Literal[False] | None = Field(None, description="false: no drafts.")
+    speculative_n_min: Annotated[int, Soft(0, MAX_DRAFT)] | None = Field(None, alias="speculative.n_min")
+    speculative_n_max: Annotated[int, Soft(0, MAX_DRAFT)] | None = Field(None, alias="speculative.n_max")
+    speculative_p_min: Annotated[float, Soft(0, 1)] | None = Field(None, alias="speculative.p_min")
+    n_cmpl: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Completions of each prompt.")
+    n: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="An alias of n_cmpl.")
     return_tokens: bool | None = None
     timings_per_token: bool | None = None
-    id_slot: Annotated[int, Hard(-1, -1)] | None = Field(None, description="The server chooses: -1 alone.")
-    n_probs: Annotated[int, Hard(0, 0)] | None = None
-
-    def prompts(self) -> list[str | tuple[int, ...]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.is_array:
-            return [tuple(each for each in self.prompt if isinstance(each, int))]
-        return [each if isinstance(each, str) else tuple(each) for each in self.prompt if not isinstance(each, int)]
-
-    @property
-    def is_array(self) -> bool:
-        """The answer is an array, too."""
-        return isinstance(self.prompt, list) and not all(isinstance(each, int) for each in self.prompt)
+    response_fields: Annotated[list[ResponseField], Field(max_length=MAX_RESPONSE_FIELDS)] | None = Field(
+        None, description="Of a whole answer these fields alone; `a/b` is field b of object a."
+    )
+    verbose: bool | None = Field(None, description="Taken, and without effect.")
+    id_slot: Annotated[int, Hard(-1, MAX_SLOT_ID)] | None = Field(None, description="-1: the server chooses.")
 
     @property
     def wanted_tokens(self) -> int:
         """-1: as many as may be."""
         given = (self.n_predict, self.max_tokens, self.max_completion_tokens)
         return next((each for each in given if each is not None), -1)
+
+    @property
+    def num_completions(self) -> int:
+        return self.n_cmpl or self.n or 1
+
+    @property
+    def num_probs(self) -> int:
+        return self.n_probs or self.logprobs or 0
+
+    @property
+    def keep_alive_seconds(self) -> float:
+        wanted = self.sse_ping_interval or 0
+        return min(wanted, KEEP_ALIVE_SECONDS) if wanted > 0 else KEEP_ALIVE_SECONDS
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -168,9 +269,34 @@ class CompletionBody(BaseModel):
         """None where the request says nothing of adapters."""
         return None if self.lora is None else tuple((each.id, each.scale) for each in self.lora)
 
+    def decoding(self) -> Decoding:
+        """The context is shifted for an explicit n_predict alone, so that no answer is endless."""
+        milliseconds = self.t_max_predict_ms or 0
+        return Decoding(
+            context_shift=self.wanted_tokens >= 0 and self.context_shift is not False,
+            num_keep=self.n_keep or 0,
+            num_discard=self.n_discard or 0,
+            slot_id=None if self.id_slot in (None, -1) else self.id_slot,
+            speculation=self.speculation(),
+            max_decode_seconds=milliseconds / 1000 if milliseconds > 0 else None,
+        )
+
+    def speculation(self) -> Speculation | None:
+        """None leaves it to the model's settings. A dotted field goes before the one in the object."""
+        if self.speculative is False:
+            return NO_DRAFTS
+        nested = self.speculative or SpeculativeBody()
+        given = {
+            "num_min": _first(self.speculative_n_min, nested.n_min),
+            "num_max": _first(self.speculative_n_max, nested.n_max),
+            "min_probability": _first(self.speculative_p_min, nested.p_min),
+        }
+        named = {name: value for name, value in given.items() if value is not None}
+        return Speculation(**named) if named else None
+
     def sampling(self) -> SamplingParams:
-        """llama.cpp's defaults where nothing is said."""
-        given = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name)) is not None}
+        """llama.cpp's defaults where nothing is said. Raises Refusal for a grammar that cannot be followed."""
+        given = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name, None)) is not None}
         if given.get("seed") in RANDOM_SEEDS:
             del given["seed"]
         for name in ("dry_sequence_breakers", "samplers"):
@@ -178,7 +304,84 @@ class CompletionBody(BaseModel):
                 given[name] = tuple(given[name])
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams(**given)
+        return SamplingParams(**given, num_probs=self.num_probs, grammar=grammar_from(self.grammar, self.json_schema))
+
+
+class CompletionBody(SamplingBody):
+    """POST /completion."""
+
+    prompt: Text | TextPrompt | Pieces | Prompts = Field(
+        description="A text, token ids, texts and token ids in one array; or an array of such prompts."
+    )
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _check_kind(cls, value: Any) -> Any:
+        """One sentence instead of one for each kind that it could have been."""
+        if not (_is_prompt(value) or (isinstance(value, list) and all(map(_is_prompt, value)))):
+            raise PydanticCustomError(
+                "prompt_kind", "Value must be a text, an array of token ids and texts, or an array of such prompts"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        prompts = self.prompts()
+        if not 1 <= len(prompts) * self.num_completions <= MAX_ANSWERS or len(prompts) > MAX_PROMPTS:
+            raise PydanticCustomError(
+                "too_many_answers",
+                "Prompts: 1 to {prompts} in one request, and {answers} answers at most",
+                {"prompts": MAX_PROMPTS, "answers": MAX_ANSWERS},
+            )
+        mixed = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if any(sum(isinstance(each, str) for each in prompt) > MAX_PIECES for prompt in mixed):
+            raise PydanticCustomError("too_many_texts", "A prompt has {most} texts at most", {"most": MAX_PIECES})
+        return self
+
+    def prompts(self) -> list[Piece]:
+        """Each a text, or texts and token ids that follow each other."""
+        if not isinstance(self.prompt, list):
+            return [_piece(self.prompt)]
+        nested = [each for each in self.prompt if not isinstance(each, int)]
+        if len(nested) < len(self.prompt):
+            return [tuple(each for each in self.prompt if isinstance(each, int | str))]
+        return [_piece(each) for each in nested]
+
+
+def _is_prompt(value: Any) -> bool:
+    """By its JSON types alone."""
+    if isinstance(value, list):
+        return {type(each) for each in value} <= {int, str}
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("prompt_string"), str))
+
+
+def _piece(prompt: str | TextPrompt | list[int | str]) -> Piece:
+    if isinstance(prompt, TextPrompt):
+        return prompt.prompt_string
+    return prompt if isinstance(prompt, str) else tuple(prompt)
+
+
+class ExtraChunk(BaseModel):
+    """A part of another file."""
+
+    model_config = STRICT
+
+    text: Text
+    filename: Annotated[str, Field(max_length=1000)] = "tmp"
+
+
+class InfillBody(SamplingBody):
+    """POST /infill: what belongs between a prefix and a suffix."""
+
+    input_prefix: Text | Pieces
+    input_suffix: Text | Pieces
+    input_extra: Annotated[list[ExtraChunk], Field(max_length=MAX_PIECES)] | None = None
+    prompt: Text = Field("", description="How the middle begins.")
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _biases(given: list[Any] | dict[str, Any]) -> tuple[tuple[int, float], ...]:
@@ -186,7 +389,9 @@ def _biases(given: list[Any] | dict[str, Any]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), -math.inf if bias is False else float(bias)) for token, bias in pairs)
 
 
-SAMPLING_NAMES = tuple(name for name in SamplingParams.__dataclass_fields__ if name != "logit_bias")
+SAMPLING_NAMES = tuple(
+    name for name in SamplingParams.__dataclass_fields__ if name not in {"logit_bias", "grammar", "num_probs"}
+)
 
 
 class TokenizeBody(BaseModel):
@@ -231,6 +436,7 @@ class CompletionReply(BaseModel):
 
     index: int
     content: str
+    prompt: str
     tokens: list[int]
     id_slot: int
     stop: bool
@@ -244,6 +450,22 @@ class CompletionReply(BaseModel):
     stop_type: Literal["none", "eos", "limit", "word"]
     stopping_word: str
     timings: dict[str, float]
+    completion_probabilities: list[dict[str, Any]] | None = Field(None, description="With n_probs.")
+
+
+class CompletionEvent(BaseModel):
+    """One event of a stream, but for the last of each index, which is a CompletionReply without content."""
+
+    index: int
+    content: str
+    tokens: list[int]
+    stop: Literal[False]
+    id_slot: int
+    tokens_predicted: int
+    tokens_evaluated: int
+    timings: dict[str, float] | None = Field(None, description="With timings_per_token.")
+    prompt_progress: dict[str, int] | None = Field(None, description="With return_progress.")
+    completion_probabilities: list[dict[str, Any]] | None = Field(None, description="With n_probs.")
 
 
 class TokenizeReply(BaseModel):
@@ -270,5 +492,18 @@ class PropsReply(BaseModel):
     default_generation_settings: dict[str, Any]
     total_slots: int
     model_alias: str
+    model_path: str
+    model_ftype: str
+    modalities: dict[str, bool]
+    endpoint_slots: bool
+    endpoint_props: bool
+    endpoint_metrics: bool
+    webui: bool
     chat_template: str
+    bos_token: str
+    eos_token: str
     build_info: str
+    context_shift: bool
+    abilities: dict[str, bool | str] | None = Field(
+        description="What the model's memory can do: trim, copy, shift, save; true, or why not. null: it is not loaded."
+    )

@@ -121,7 +121,7 @@ class SlotActionView(ModelView):
             raise Refusal("bad_request", f"Invalid action: use one of {', '.join(ACTIONS)}.")
         label = "" if action == "erase" else self._label()
         worker_id, report = slot_actions.worker_of(served)
-        if why := report.get("cannot", {}).get("save"):
+        if why := (report.get("cannot") or {}).get("save"):
             raise Refusal("capability_disabled", f"This model's slots cannot be saved: {why}.")
         order = SlotOrder(
             action=action,  # type: ignore[arg-type]  # one of ACTIONS

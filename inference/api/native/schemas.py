@@ -5,13 +5,16 @@ Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from django.conf import settings
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from inference.adapters import MAX_VECTOR
-from inference.engine.types import SamplingParams
+from inference.engine.drafting import MAX_DRAFT
+from inference.engine.types import Decoding, SamplingParams, Speculation
+from inference.grammars import grammar_from
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
 
@@ -19,6 +22,10 @@ MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_BATCH_PROMPTS = 64
 MAX_STOPS = 16
 MAX_LOGIT_BIASES = 1024
+MAX_GRAMMAR_CHARACTERS = 1 << 20
+"""Far more than a grammar may have: one that is a little too large gets its own, clearer refusal."""
+MAX_PROBS = 20
+"""Each is some 30 bytes a token in the stream, which Redis keeps for minutes."""
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -35,6 +42,18 @@ class AdapterBody(BaseModel):
     scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] | None = Field(
         None, description="Absent is the adapter's own; 0 is no adapter."
     )
+
+
+class SpeculativeBody(BaseModel):
+    """Bounds on guessed tokens. They change how fast the answer comes, never what it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    n_min: int = Field(0, ge=0, le=MAX_DRAFT, description="Shorter drafts are thrown away.")
+    n_max: int = Field(
+        16, ge=0, le=MAX_DRAFT, description="Guesses of a step at most, up to what the model is served with; 0 is none."
+    )
+    p_min: float = Field(0.0, ge=0, le=1, description="A draft model stops guessing below this probability.")
 
 
 class SamplingBody(BaseModel):
@@ -67,18 +86,55 @@ class SamplingBody(BaseModel):
     ignore_eos: bool | None = Field(None, description="Generate past the end-of-text token.")
     seed: int | None = Field(None, ge=0, lt=1 << 32, description="The same seed gives the same text.")
     stop: list[Stop] | None = Field(None, max_length=MAX_STOPS, description="Texts that end the output.")
+    grammar: str | None = Field(
+        None, max_length=MAX_GRAMMAR_CHARACTERS, description="GBNF that the output follows; its first rule is `root`."
+    )
+    json_schema: dict[str, Any] | None = Field(
+        None, description="JSON Schema of the output: it is valid JSON, properties in declared order; {} is any JSON."
+    )
+    n_probs: int | None = Field(
+        None, ge=0, le=MAX_PROBS, description="Most probable tokens to report beside each one of the output."
+    )
+    post_sampling_probs: bool | None = Field(
+        None, description="Probabilities as sampling left them, not as the model gave them."
+    )
+    speculative: SpeculativeBody | Literal[False] | None = Field(
+        None, description="Speculative decoding; absent is as the model is served, false is none."
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.grammar and self.json_schema is not None:
+            raise PydanticCustomError("grammar_and_schema", "give either grammar or json_schema, not both")
+        return self
 
     def wanted_adapters(self) -> Wanted | None:
         """None where the request says nothing of adapters."""
         return None if self.adapters is None else tuple((each.name, each.scale) for each in self.adapters)
 
+    def decoding(self) -> Decoding:
+        return Decoding(context_shift=self.context_shift, speculation=self._speculation())
+
+    def _speculation(self) -> Speculation | None:
+        if self.speculative is None:
+            return None
+        if not self.speculative:
+            return Speculation(num_max=0)
+        asked = self.speculative
+        return Speculation(num_min=asked.n_min, num_max=asked.n_max, min_probability=asked.p_min)
+
     def sampling(self) -> SamplingParams:
-        """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting."""
+        """llama.cpp's defaults where nothing is said, but for the temperature, which is a setting.
+
+        Raises Refusal for a grammar or a schema that is wrong.
+        """
         given: dict[str, Any] = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name)) is not None}
         given.setdefault("temperature", settings.CONFIG.default_temperature)
         if "logit_bias" in given:
             given["logit_bias"] = tuple(given["logit_bias"])
-        return SamplingParams(**given)
+        return SamplingParams(
+            **given, grammar=grammar_from(self.grammar, self.json_schema), num_probs=self.n_probs or 0
+        )
 
 
 SAMPLING_NAMES = (
@@ -93,6 +149,7 @@ SAMPLING_NAMES = (
     "frequency_penalty",
     "logit_bias",
     "ignore_eos",
+    "post_sampling_probs",
     "seed",
 )
 
@@ -113,16 +170,33 @@ class GenerateBatchBody(SamplingBody):
 # Answers, for the OpenAPI document
 
 
+class LikelyToken(BaseModel):
+    """A token and its natural log-probability, null where the probability is 0."""
+
+    id: int
+    text: str = Field(description="Parts of a character that several tokens make up are U+FFFD.")
+    bytes: list[int]
+    logprob: float | None
+
+
+class TokenProbability(LikelyToken):
+    """A token of the output, and the most probable ones in its place, best first."""
+
+    top: list[LikelyToken]
+
+
 class GenerateReply(BaseModel):
     """Usage and id are in headers: X-Request-ID, X-Usage-*."""
 
     model: str
     output: str
     cached: bool
+    probs: list[TokenProbability] | None = Field(None, description="Where n_probs asks for them.")
 
 
 class GenerateEvent(BaseModel):
-    """A server-sent event. `data` is JSON: {"text"} of delta; id, finish_reason and usage of finished; ErrorReply."""
+    """A server-sent event. `data` is JSON: {"text"} of delta, and its "probs"; id, finish_reason and usage of finished;
+    ErrorReply."""
 
     id: str | None = None
     event: Literal["delta", "finished", "error"]
@@ -134,6 +208,7 @@ class BatchResult(BaseModel):
     cached: bool
     prompt_tokens: int
     completion_tokens: int
+    probs: list[TokenProbability] | None = None
 
 
 class GenerateBatchReply(BaseModel):

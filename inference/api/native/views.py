@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from inference import admission
 from inference.admission import Admitted, CachedAnswer
 from inference.api import cancelling
 from inference.api.async_view import Later, Outcome, json_response
-from inference.api.following import Ending, collect, ending_of_cached
+from inference.api.following import Ending, collect, ending_of_cached, events_of_cached
 from inference.api.generation import ALL_OR_NOTHING, GenerationView, answer_headers, is_all_or_nothing
 from inference.api.native.schemas import (
     ErrorReply,
@@ -30,7 +30,7 @@ from inference.api.native.schemas import (
 from inference.api.parts import Part, Parts, drop
 from inference.api.sse import EventStream, frame
 from inference.api.streaming import open_stream
-from inference.engine.types import Decoding
+from inference.engine.types import TokenProbs
 from inference.orders import GenerateOrder
 from inference.stream import StreamEvent
 
@@ -44,7 +44,7 @@ def order_from(
         model=body.model,
         max_tokens=settings.CONFIG.default_max_tokens if wanted is None else wanted,
         sampling=body.sampling(),
-        decoding=Decoding(context_shift=body.context_shift),
+        decoding=body.decoding(),
         stop=tuple(body.stop or ()),
         adapters=body.wanted_adapters(),
         stream=stream,
@@ -86,16 +86,12 @@ class GenerateView(GenerationView):
         with cancelling.unless_finished(self.request_id):
             collected = await collect(self.request_id)
         ending = collected.ending
-        return self._object(admitted.served.name, collected.text, False, ending, x_quota_clamped=admitted.clamped)
+        content = {"model": admitted.served.name, "output": collected.text, "cached": False, **_probs(collected.probs)}
+        return json_response(content, headers=answer_headers(ending, cached=False, clamped=admitted.clamped))
 
     def _reply_cached(self, answer: CachedAnswer) -> HttpResponse:
-        return self._object(answer.served.name, answer.completion.output, True, ending_of_cached(answer.completion))
-
-    def _object(
-        self, model: str, output: str, cached: bool, ending: Ending, *, x_quota_clamped: bool = False
-    ) -> HttpResponse:
-        headers = answer_headers(ending, cached=cached, clamped=x_quota_clamped)
-        return json_response({"model": model, "output": output, "cached": cached}, headers=headers)
+        content = {"model": answer.served.name, "output": answer.completion.output, "cached": True}
+        return json_response(content, headers=answer_headers(ending_of_cached(answer.completion), cached=True))
 
     # Server-sent events
 
@@ -107,8 +103,9 @@ class GenerateView(GenerationView):
         words = NativeFrames(self, answer.served.name, cached=True)
 
         async def frames() -> AsyncGenerator[bytes]:
-            yield words.delta(StreamEvent("0-1", {"text": answer.completion.output}))
-            yield words.end(ending_of_cached(answer.completion), "0-2")
+            delta, ending, end_id = events_of_cached(answer.completion)
+            yield words.delta(delta)
+            yield words.end(ending, end_id)
 
         response = EventStream(frames(), abandon=lambda: None)
         response.headers["x-cache"] = "hit"
@@ -121,8 +118,11 @@ class NativeFrames:
     def __init__(self, view: GenerationView, model: str, *, cached: bool = False) -> None:
         self._view, self._model, self._cached = view, model, cached
 
+    def started(self, event: StreamEvent) -> bytes:
+        return b""
+
     def delta(self, event: StreamEvent) -> bytes:
-        return frame({"text": event.data["text"]}, event="delta", event_id=event.id)
+        return frame({"text": event.data["text"], **_probs(event.probs())}, event="delta", event_id=event.id)
 
     def end(self, ending: Ending, event_id: str) -> bytes:
         content = {
@@ -184,4 +184,21 @@ def _result(part: Part) -> dict[str, Any]:
         "cached": part.cached,
         "prompt_tokens": ending.prompt_tokens,
         "completion_tokens": ending.completion_tokens,
+        **_probs(part.collected.probs),
+    }
+
+
+def _probs(probs: Sequence[TokenProbs]) -> dict[str, Any]:
+    """Nothing where none were asked for."""
+    if not probs:
+        return {}
+    return {"probs": [{**_likely(each), "top": [_likely(likely) for likely in each.top]} for each in probs]}
+
+
+def _likely(probs: TokenProbs) -> dict[str, Any]:
+    return {
+        "id": probs.token,
+        "text": probs.piece.decode("utf-8", "replace"),
+        "bytes": list(probs.piece),
+        "logprob": probs.logprob,
     }

@@ -180,6 +180,12 @@ OPTION_FIELDS = [
     "n_gpu_layers",
     "kv_type",
     "context_shift",
+    "draft_kind",
+    "draft_model",
+    "draft_n_min",
+    "draft_n_max",
+    "draft_p_min",
+    "draft_policy",
     "load_mode",
     "keep_alive_seconds",
     "capabilities",
@@ -192,6 +198,9 @@ class ServedModelSerializer(serializers.ModelSerializer[ServedModel]):
     capabilities = serializers.DictField(child=serializers.BooleanField(), required=False)
     granted_tenants = serializers.SlugRelatedField(
         slug_field="name", queryset=Tenant.objects.all(), many=True, required=False
+    )
+    draft_model = serializers.SlugRelatedField(
+        slug_field="name", queryset=ServedModel.objects.all(), required=False, allow_null=True
     )
     notes = serializers.CharField(max_length=10_000, required=False, allow_blank=True)
     keep_alive_seconds = serializers.IntegerField(min_value=0, max_value=10**9, required=False, allow_null=True)

@@ -195,13 +195,13 @@ class LedgerViewSet(OperatorView, mixins.ListModelMixin, viewsets.GenericViewSet
 class ServedModelViewSet(OperatorView, viewsets.ModelViewSet[ServedModel]):
     """Served models. POST registers a file by its path on the server: it is hashed, read and loaded for a trial."""
 
-    queryset = ServedModel.objects.prefetch_related("granted_tenants").order_by("name")
+    queryset = ServedModel.objects.select_related("draft_model").prefetch_related("granted_tenants").order_by("name")
     serializer_class = ServedModelSerializer
     pagination_class = Pages
     http_method_names = ["get", "post", "patch", "delete"]
 
     def get_queryset(self) -> QuerySet[ServedModel]:
-        return ServedModel.objects.prefetch_related("granted_tenants").order_by("name")
+        return ServedModel.objects.select_related("draft_model").prefetch_related("granted_tenants").order_by("name")
 
     @extend_schema(request=RegisterForm, responses={201: ServedModelSerializer})
     def create(self, request: Request) -> Response:

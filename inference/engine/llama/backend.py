@@ -18,7 +18,8 @@ from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
 from inference.engine.costs import CostCurve, measure
 from inference.engine.llama import abilities
 from inference.engine.llama.batch import Batch
-from inference.engine.llama.library import forward_log, native, token_bytes
+from inference.engine.llama.candidates import Candidates
+from inference.engine.llama.library import forward_log, native, token_bytes, token_texts
 from inference.engine.llama.loading import (
     check_options,
     checked_file,
@@ -28,6 +29,7 @@ from inference.engine.llama.loading import (
     trained_context,
     usable_cpus,
 )
+from inference.engine.llama.prefixes import Prefixes
 from inference.engine.llama.samplers import SlotSampler
 from inference.engine.lora_file import write_padded
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
@@ -63,6 +65,8 @@ class LlamaBackend:
         self._is_end = frozenset(self._end_tokens)
         self._pieces: dict[int, bytes] = {}
         self._samplers: dict[int, SlotSampler] = {}
+        self._candidates = Candidates(self.n_vocab)
+        self._prefixes = Prefixes([self.piece(token) for token in range(self.n_vocab)], self._end_tokens)
         self._adapters: dict[str, Any] = {}
         self._attached: AdapterVector = ()
         self.adapters: frozenset[str] = frozenset()
@@ -125,7 +129,15 @@ class LlamaBackend:
         self.close(slot_id)
         self.trim(slot_id, num_cached)
         self._samplers[slot_id] = SlotSampler(
-            self._vocab, sampling, prompt=prompt, seed=seed, n_ctx=self.n_ctx, end_tokens=self._end_tokens
+            self._vocab,
+            sampling,
+            prompt=prompt,
+            seed=seed,
+            n_ctx=self.n_ctx,
+            end_tokens=self._end_tokens,
+            candidates=self._candidates,
+            prefixes=self._prefixes,
+            piece=self.piece,
         )
 
     def copy(self, source_id: int, target_id: int) -> None:
@@ -143,7 +155,7 @@ class LlamaBackend:
     def _choose(self, part: SlotWork, row: int) -> Chosen:
         draft = part.tokens[len(part.tokens) - part.num_drafted :]
         chosen = self._samplers[part.slot_id].choose(self._context, row, draft)
-        num_wrong = part.num_drafted + 1 - len(chosen.tokens)
+        num_wrong = part.num_drafted - max(0, len(chosen.tokens) - 1)
         if num_wrong > 0:
             native.llama_memory_seq_rm(self._memory, part.slot_id, part.start + len(part.tokens) - num_wrong, -1)
         return chosen
@@ -238,6 +250,10 @@ class LlamaBackend:
         if piece is None:
             piece = self._pieces[token] = token_bytes(self._vocab, token)
         return piece
+
+    def token_texts(self) -> list[bytes]:
+        """What each token is written as, control tokens too: what makes a vocabulary."""
+        return token_texts(self._vocab)
 
     def is_end(self, token: int) -> bool:
         return token in self._is_end

@@ -16,7 +16,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 import llama_cpp as native
 
-__all__ = ["accept", "forward_log", "native", "piece", "sample", "token_bytes"]
+__all__ = [
+    "accept",
+    "apply",
+    "apply_slowly",
+    "forward_log",
+    "logits_address",
+    "native",
+    "piece",
+    "sample",
+    "token_bytes",
+    "token_texts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +57,11 @@ def _with_gil(function: Any) -> Any:
 
 sample = _with_gil(native.llama_sampler_sample)
 accept = _with_gil(native.llama_sampler_accept)
+apply = _with_gil(native.llama_sampler_apply)
+apply_slowly = native.llama_sampler_apply
+"""The same for what takes milliseconds, during which other threads go on."""
+logits_address = _with_gil(native.llama_get_logits_ith)
+logits_address.restype = ctypes.c_void_p
 piece = _with_gil(native.llama_token_to_piece)
 
 
@@ -58,3 +74,8 @@ def token_bytes(vocab: Any, token: int) -> bytes:
         if length >= 0:
             return buffer.raw[:length]
         size = -length
+
+
+def token_texts(vocab: Any) -> list[bytes]:
+    """What each token of a vocabulary is written as."""
+    return [native.llama_vocab_get_text(vocab, token) for token in range(native.llama_vocab_n_tokens(vocab))]

@@ -1,16 +1,36 @@
-"""A slot's sampler: the chain of native samplers that its SamplingParams stand for, and what it chooses."""
+"""A slot's sampler: the chain of native samplers that its SamplingParams stand for, its grammar, and what they choose.
+
+The grammar is kept apart from the chain, as in llama.cpp's server (common/sampling.cpp): the chain chooses, the grammar
+is asked about this one token, and only where it says no about all of them. A token that it does not allow is never
+accepted into it: that would throw through ctypes and end the process.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from inference.engine import sampling
 from inference.engine.backend import Chosen
+from inference.engine.llama.candidates import Candidates, log_softmax, most_probable
 from inference.engine.llama.library import accept, native, sample
+from inference.engine.llama.prefixes import Prefixes
 from inference.engine.sampling import SamplerStep
-from inference.engine.types import EngineError, SamplingParams
+from inference.engine.types import EngineError, SamplingParams, TokenProbs
+
+MAX_GRAMMAR_SECONDS = 1.0
+"""Processor time of one choice under a grammar. Grammars are bounded and tried out before they come here; should one
+of them still explode in the middle of an answer, the answer ends and its neighbours go on."""
+
+NO_CANDIDATE = "no_candidate"
+DEAD_END = "grammar_dead_end"
+TOO_SLOW = "grammar_too_slow"
 
 
 class SlotSampler:
@@ -25,17 +45,43 @@ class SlotSampler:
         seed: int,
         n_ctx: int,
         end_tokens: tuple[int, ...],
+        candidates: Candidates,
+        prefixes: Prefixes,
+        piece: Callable[[int], bytes],
     ) -> None:
-        """The chain has then seen the prompt. Raises EngineError "invalid_sampling"."""
+        """The chain has then seen the prompt; the grammar begins with the answer. candidates: shared by all slots.
+        prefixes: of the whole vocabulary.
+
+        Raises EngineError "invalid_sampling" or "invalid_grammar".
+        """
         steps = sampling.chain(params, seed=seed, n_ctx=n_ctx, end_tokens=end_tokens)
+        self._end_tokens = np.array(end_tokens, np.int32)
+        self._banned = _banned(steps)
+        self._candidates = candidates
+        self._piece = piece
+        self._num_probs = params.num_probs
+        self._is_post = params.num_probs > 0 and params.post_sampling_probs
+        self._is_greedy = steps[-1].name == "greedy"
         self._chain = _chain(vocab, steps)
+        self._grammar = None
+        self._prefixes: Prefixes | None = None
+        if params.grammar is not None:
+            self._grammar = native.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
+            if not self._grammar:
+                self.free()
+                raise EngineError("invalid_grammar", "llama.cpp refused the grammar")
+            if "<" not in params.grammar:  # else it may name tokens that have no text
+                self._prefixes = prefixes
         if window := sampling.memory_tokens(steps):
             for token in prompt[-window:]:
                 accept(self._chain, token)
 
     def choose(self, context: Any, row: int, draft: Sequence[int] = ()) -> Chosen:
         """The token after this row of the batch; and where it is the first of the draft, the one after the next row,
-        and so on: 1 to len(draft) + 1 tokens. Each is chosen with the state that the sampler has without a draft."""
+        and so on: 1 to len(draft) + 1 tokens, fewer with an error. Each is chosen with the state that the sampler has
+        without a draft."""
+        if self._grammar is not None or self._num_probs:
+            return self._choose_apart(context, row, draft)
         tokens = []
         for offset, guess in enumerate((*draft, None)):
             token = sample(self._chain, context, row + offset)
@@ -44,8 +90,90 @@ class SlotSampler:
                 break
         return Chosen(tuple(tokens))
 
+    def _choose_apart(self, context: Any, row: int, draft: Sequence[int]) -> Chosen:
+        """The same under a grammar, or with probabilities."""
+        tokens: list[int] = []
+        probs: list[TokenProbs] = []
+        error = None
+        for offset, guess in enumerate((*draft, None)):
+            started = time.thread_time()
+            token = self._next(context, row + offset)
+            if token is None:
+                error = NO_CANDIDATE if self._grammar is None else DEAD_END
+                break
+            if self._num_probs:
+                probs.append(self._probs(context, row + offset, token))
+            self._accept(token)
+            tokens.append(token)
+            if self._grammar is not None and time.thread_time() - started > MAX_GRAMMAR_SECONDS:
+                error = TOO_SLOW
+                break
+            if token != guess:
+                break
+        return Chosen(tuple(tokens), tuple(probs), error)
+
+    def _next(self, context: Any, row: int) -> int | None:
+        """The next token, accepted nowhere yet. None: there is none that may be chosen."""
+        candidates = self._candidates
+        candidates.fill(context, row)
+        token = candidates.choose(self._chain)
+        if self._grammar is None or (token is not None and self._allows(token)):
+            return token
+        allowed = candidates.allowed(self._grammar, self._prefixes)
+        if not len(allowed):
+            return None
+        if np.isin(allowed, self._end_tokens).all():
+            # The answer is complete and cannot go on: it ends, even where ignore_eos or a bias forbids it.
+            candidates.fill_with(context, row, allowed)
+            return candidates.choose_best()
+        # Only what may be chosen: samplers make nonsense of candidates without a probability.
+        free = allowed[~np.isin(allowed, self._banned)]
+        candidates.fill_with(context, row, free)
+        return candidates.choose(self._chain) if len(free) else None
+
+    def _allows(self, token: int) -> bool:
+        """llama.cpp takes a control token for its name, so a grammar of texts would let it through, and it has none."""
+        is_silent = self._prefixes is not None and not self._piece(token) and token not in self._end_tokens
+        return not is_silent and self._candidates.allows(self._grammar, token)
+
+    def _accept(self, token: int) -> None:
+        if self._grammar is not None:
+            accept(self._grammar, token)
+        accept(self._chain, token)
+
+    def _probs(self, context: Any, row: int, token: int) -> TokenProbs:
+        """As llama.cpp's server reports them: of the model's own logits, whatever bias, grammar and samplers made of
+        them; or of what these have left."""
+        if not self._is_post:
+            values = log_softmax(self._candidates.logits(context, row))
+            top = [self._one(place, values[place]) for place in most_probable(values, self._num_probs)]
+            return TokenProbs(token, float(values[token]), self._piece(token), tuple(top))
+        ids, shares = self._shares(token)
+        logs = np.log(shares, out=np.full(len(shares), -math.inf), where=shares > 0)
+        top = [self._one(ids[place], logs[place]) for place in most_probable(shares, self._num_probs)]
+        return TokenProbs(token, float(logs[ids == token].max()), self._piece(token), tuple(top))
+
+    def _one(self, token: int, logprob: float) -> TokenProbs:
+        return TokenProbs(int(token), float(logprob), self._piece(int(token)))
+
+    def _shares(self, token: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+        """The candidates that are left, best first, and the probability of each."""
+        left = self._candidates.left()
+        left = left[np.argsort(-left["logit"], kind="stable")]
+        if self._is_greedy:
+            return left["id"], (left["id"] == token).astype(np.float64)
+        return left["id"], left["p"].astype(np.float64)
+
     def free(self) -> None:
         native.llama_sampler_free(self._chain)
+        if self._grammar:
+            native.llama_sampler_free(self._grammar)
+
+
+def _banned(steps: Sequence[SamplerStep]) -> npt.NDArray[np.int32]:
+    """Tokens that the chain never chooses."""
+    biases = next((step.arguments[0] for step in steps if step.name == "logit_bias"), ())
+    return np.array([token for token, bias in biases if bias == -math.inf], np.int32)
 
 
 def _chain(vocab: Any, steps: Sequence[SamplerStep]) -> Any:

@@ -18,7 +18,7 @@ class Command(HouseCommand):
     examples = ("models", "models --json")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"models": [as_row(row) for row in ServedModel.objects.order_by("name")]}
+        return {"models": [as_row(row) for row in ServedModel.objects.select_related("draft_model").order_by("name")]}
 
     def show(self, result: dict[str, Any]) -> None:
         if not result["models"]:

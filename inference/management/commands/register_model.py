@@ -40,6 +40,14 @@ class Command(HouseCommand):
         number("--n-threads", help="threads; one per core without it")
         number("--n-gpu-layers", help="layers on the GPU; -1: all")
         parser.add_argument("--kv-type", choices=ServedModel.KVType.values, help="type of the key-value cache")
+        parser.add_argument("--draft-kind", choices=ServedModel.DraftKind.values, help="who guesses tokens, if anybody")
+        parser.add_argument("--draft-model", metavar="NAME", help="the served model that guesses")
+        number("--draft-n-min", help="shorter drafts are thrown away")
+        number("--draft-n-max", help="guesses of a step at most")
+        parser.add_argument("--draft-p-min", type=float, metavar="P", help="a draft model stops guessing below this")
+        parser.add_argument(
+            "--draft-policy", choices=ServedModel.DraftPolicy.values, help="draft as it pays, or always"
+        )
         parser.add_argument("--load-mode", choices=ServedModel.LoadMode.values, help="when it is loaded, or not at all")
         number("--keep-alive-seconds", help="idle time after which it is unloaded")
         parser.add_argument("--notes", help="for operators")

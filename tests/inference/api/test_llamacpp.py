@@ -6,33 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from inference import adapters
 from inference.models import Adapter, Receipt
-from tests.in_process import MODEL, N_CTX, N_SLOTS, Client, InProcessSite
+from tests.in_process import MODEL, N_CTX, N_SLOTS, InProcessSite
+from tests.llamacpp_calls import complete, error_of, stream
 
 pytestmark = pytest.mark.api
-
-
-def complete(client: Client, prompt: Any = "Once upon a time", **fields: Any) -> Any:
-    return client.post("/completion", json={"prompt": prompt, "n_predict": 8, "temperature": 0, **fields})
-
-
-def stream(client: Client, **fields: Any) -> list[dict[str, Any]]:
-    body = {"prompt": "Once upon a time", "n_predict": 8, "temperature": 0, "stream": True, **fields}
-    with client.stream("POST", "/completion", json=body) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
-    return [orjson.loads(line.removeprefix("data: ")) for line in lines]
-
-
-def error_of(response: Any, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    error: dict[str, Any] = response.json()["error"]
-    assert error["code"] == status
-    return error
 
 
 @pytest.fixture

@@ -81,10 +81,11 @@ def test_bodies_and_errors_are_documented(document: Any) -> None:
 
 @pytest.mark.unit
 def test_every_number_and_string_of_a_body_is_bounded() -> None:
-    from inference.api.llamacpp.schemas import CompletionBody, DetokenizeBody, LoraVectorBody, TokenizeBody
+    from inference.api.llamacpp.schemas import CompletionBody, DetokenizeBody, InfillBody, LoraVectorBody, TokenizeBody
     from inference.api.native.schemas import GenerateBatchBody, GenerateBody
 
-    for form in (GenerateBody, GenerateBatchBody, CompletionBody, TokenizeBody, DetokenizeBody, LoraVectorBody):
+    llama = (CompletionBody, InfillBody, TokenizeBody, DetokenizeBody, LoraVectorBody)
+    for form in (GenerateBody, GenerateBatchBody, *llama):
         for path, schema in leaves(form.model_json_schema()):
             kind = schema.get("type")
             if kind in {"integer", "number"}:

@@ -24,7 +24,7 @@ def raw(body: bytes) -> None:
 
 
 def answer(request: dict[str, object]) -> None:
-    text = str(request.get("text"))
+    text = str(request.get("text") or request.get("grammar"))
     if text == "hang":
         time.sleep(60)
     elif text == "die":
