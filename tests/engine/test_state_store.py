@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from inference.engine import Decoding, FakeBackend
 from inference.engine.backend import Abilities
+from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.plan import Candidate, ScheduleView, Seat
 from inference.engine.seating import copy_threshold, seat
 from inference.engine.slot_keeper import MIN_KEPT_TOKENS
+from inference.engine.speculative import PromptLookup
 from inference.engine.state_store import StateStore, StoredState
 from inference.engine.types import EngineError
 
@@ -256,3 +258,54 @@ def test_states_of_one_life_are_found_in_the_next() -> None:
     other.engine.put_back(states)
     for number in range(4):
         assert cached(other, f"r{number}", prompt=words(1000 * number), **ALICE) == 199
+
+
+# With drafts
+
+
+class WatchedLookup(PromptLookup):
+    """Remembers what it was told of its slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[tuple[int, int]] = []
+
+    def open(self, slot_id: int, num_kept: int) -> None:
+        self.opened.append((slot_id, num_kept))
+        super().open(slot_id, num_kept)
+
+
+def test_who_guesses_hears_that_a_slot_holds_something_else() -> None:
+    lookup = WatchedLookup()
+    clock = HandClock()
+    backend = FakeBackend(1, 1024, 0.001, 0.001, sleep=clock.sleep)
+    bench = Bench(clock, backend, state_bytes=1 << 20, proposer=lookup)
+    cached(bench, "one", prompt=words(0), **ALICE)
+    saved = bench.engine.save_slot(("alice", 0))
+    cached(bench, "two", prompt=(*words(0), 7), **ALICE)
+    bench.engine.restore_slot(("alice", 0), saved)
+    cached(bench, "bob", prompt=words(0), **BOB)
+    assert cached(bench, "three", prompt=words(0), **ALICE) == 199
+    assert lookup.opened == [(0, 0), (0, 200), (0, 0), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("max_tokens", [7, 30, 90])
+def test_drafts_stores_and_shifts_together_give_the_tokens_of_neither(max_tokens: int) -> None:
+    """The fake backend refuses a slot whose tokens are not what they must be."""
+
+    def answers(**options: Any) -> list[str]:
+        clock = HandClock()
+        backend = FakeBackend(2, 256, 0.001, 0.001, sleep=clock.sleep, answer=lambda prompt, seed, index: 1 + index % 5)
+        bench = Bench(clock, backend, **options)
+        shift = Decoding(context_shift=True, num_keep=-1)
+        for turn in range(3):
+            for number, scope in enumerate([ALICE, BOB, ALICE, BOB]):
+                prompt = words(0, 150 + number) if number < 2 else words(300, 200)
+                bench.add(f"{turn} {number}", prompt=prompt, max_tokens=max_tokens, decoding=shift, **scope)
+                bench.step()
+            bench.run()
+        return [bench.text(f"{turn} {number}") for turn in range(3) for number in range(4)]
+
+    settings = DraftSettings(num_min=0, num_max=8, policy=DraftPolicy.ALWAYS)
+    drafting = {"proposer": PromptLookup(), "draft_settings": settings}
+    assert answers(state_bytes=1 << 20, **drafting) == answers()

@@ -19,6 +19,7 @@ from inference import admission, registry, slot_actions
 from inference.api.async_view import Later, json_response
 from inference.api.llamacpp.model_views import MODEL, ModelView
 from inference.api.llamacpp.slot_schemas import SlotActionReply, SlotFileBody, SlotsReply, is_label
+from inference.models import ServedModel
 from inference.registry import Served
 from inference.slot_actions import WAIT_SECONDS, Action, SlotOrder
 
@@ -62,7 +63,8 @@ async def _list(worker_id: str, order: SlotOrder, served: Served, n_ctx: int, mu
     answer = await slot_actions.ask(worker_id, order)
     key = "slot_id" if order.tenant_id is None else "number"
     known = {report[key]: report for report in answer["slots"]}
-    slots = [_slot(number, n_ctx, known.get(number)) for number in range(served.n_slots)]
+    drafts = served.draft_kind != ServedModel.DraftKind.NONE
+    slots = [_slot(number, n_ctx, drafts, known.get(number)) for number in range(served.n_slots)]
     if order.tenant_id is None:
         for slot in slots:
             slot["tenant"] = known[slot["id"]]["tenant"] if slot["id"] in known else None
@@ -71,11 +73,11 @@ async def _list(worker_id: str, order: SlotOrder, served: Served, n_ctx: int, mu
     return json_response(slots)
 
 
-def _slot(number: int, n_ctx: int, report: dict[str, Any] | None) -> dict[str, Any]:
+def _slot(number: int, n_ctx: int, drafts: bool, report: dict[str, Any] | None) -> dict[str, Any]:
     slot: dict[str, Any] = {
         "id": number,
         "n_ctx": n_ctx,
-        "speculative": False,
+        "speculative": drafts,
         "is_processing": bool(report and report["request_id"]),
     }
     if report is None:
