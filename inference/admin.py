@@ -91,7 +91,8 @@ def _describe(report: Mapping[str, Any], worker_id: str) -> str:
     if report["error"]:
         return f"{report['state']} on {worker_id}: {report['error']}"
     if report["state"] == "ready":
-        return f"loaded on {worker_id}, {report['busy']} of {report['slots']} slots busy"
+        without = "".join(f"; no {name}: {reason}" for name, reason in (report.get("cannot") or {}).items())
+        return f"loaded on {worker_id}, {report['busy']} of {report['slots']} slots busy{without}"
     return f"{report['state']} on {worker_id}"
 
 

@@ -139,8 +139,8 @@ def _as_served(principal: Principal, order: GenerateOrder, served: Served) -> Ge
     the output is bounded by the request itself, and the plan allows the whole context: a plan's smaller one is an end.
     """
     slot_id = order.decoding.slot_id
-    if slot_id is not None and not 0 <= slot_id < served.n_slots:
-        raise Refusal("bad_request", f"There is no slot {slot_id}: this model has 0 to {served.n_slots - 1}.")
+    if slot_id is not None and not 0 <= slot_id < served.num_slots:
+        raise Refusal("bad_request", f"There is no slot {slot_id}: this model has 0 to {served.num_slots - 1}.")
     shifts = served.context_shift and order.max_tokens is not None and context_of(principal, served) == served.n_ctx
     if order.decoding.context_shift and not shifts:
         return replace(order, decoding=replace(order.decoding, context_shift=False))

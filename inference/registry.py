@@ -132,6 +132,11 @@ class Served:
         shared = self.visibility == ServedModel.Visibility.SHARED
         return shared or principal.tenant_id in self.granted_tenant_ids
 
+    @property
+    def num_slots(self) -> int:
+        """Slots that requests can name: each lane has its own."""
+        return self.n_slots * self.n_lanes
+
     def template_for(self, prompt: ChatPrompt) -> ChatTemplate:
         """The template that renders this conversation. Raises Refusal where none can show all of it."""
         template = (self.chat_with_tools if prompt.tools else None) or self.chat

@@ -29,9 +29,7 @@ from llmsite.processes import valkey as embedded_valkey
 
 pytest_plugins = ["tests.in_process"]
 # A machine that is busy is no defect.
-hypothesis.settings.register_profile(
-    "llmsite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+hypothesis.settings.register_profile("llmsite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("llmsite")
 
 REPOSITORY = Path(__file__).parent.parent

@@ -161,6 +161,10 @@ class Backend(Protocol):
         """Let the slot hold what was saved, and nothing else. Raises EngineError "state_invalid"; it is empty then."""
         ...
 
+    def trim(self, slot_id: int, num_tokens: int) -> None:
+        """Forget all but the first num_tokens that the slot holds."""
+        ...
+
     def erase(self, slot_id: int) -> None:
         """Forget what the slot holds."""
         ...

@@ -206,6 +206,12 @@ class FakeBackend:
         except (ValueError, SyntaxError) as error:
             raise EngineError("state_invalid", "these bytes are no state") from error
 
+    def trim(self, slot_id: int, num_tokens: int) -> None:
+        held = self._held[slot_id]
+        if len(held) < num_tokens:
+            raise ValueError(f"slot {slot_id} holds {len(held)} tokens, not {num_tokens}")
+        del held[num_tokens:]
+
     def erase(self, slot_id: int) -> None:
         self._held.pop(slot_id, None)
 

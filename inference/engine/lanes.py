@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from inference.engine.backend import Backend
 from inference.engine.drafting import DraftSettings
@@ -20,7 +22,10 @@ from inference.engine.engine import draw_seed
 from inference.engine.gate import StepGate
 from inference.engine.routing import LaneView, route, share_threads
 from inference.engine.runner import CRASHED, STOPPING, EngineRunner, _Errand
+from inference.engine.slot_keeper import SlotState
+from inference.engine.slots import SlotName
 from inference.engine.speculative import Proposer
+from inference.engine.state_store import StoredState
 from inference.engine.stats import EngineStats, combined
 from inference.engine.types import (
     AdapterVector,
@@ -28,12 +33,14 @@ from inference.engine.types import (
     EventSink,
     Finished,
     GenerationRequest,
+    SlotReport,
     Started,
     TokenEvent,
     effective,
 )
 
 OnCrash = Callable[[BaseException], None]
+KeepStates = Callable[[Iterator[StoredState]], None]
 
 
 class _Threads:
@@ -77,7 +84,16 @@ class _Lane(EngineRunner):
         draw_seed: Callable[[], int],
         proposer: Proposer | None,
         draft_settings: DraftSettings | None,
+        state_bytes: int,
+        states: Iterable[StoredState],
+        keep_states: KeepStates | None,
     ) -> None:
+        first_slot = number * backend.n_slots
+
+        def keep_renumbered(states: Iterator[StoredState]) -> None:
+            if keep_states is not None:
+                keep_states(replace(each, number=each.number + first_slot) for each in states)
+
         super().__init__(
             backend,
             sink=self._renumbered,
@@ -87,8 +103,11 @@ class _Lane(EngineRunner):
             draw_seed=draw_seed,
             proposer=proposer,
             draft_settings=draft_settings,
+            state_bytes=state_bytes,
+            states=states,
+            keep_states=keep_renumbered,
         )
-        self._number, self._first_slot = number, number * backend.n_slots
+        self._number, self._first_slot = number, first_slot
         self._outer_sink, self._on_end = sink, on_end
         self._gate, self._threads, self._num_threads = gate, threads, backend.n_threads
 
@@ -184,11 +203,18 @@ class LaneRunner:
         draw_seed: Callable[[], int] = draw_seed,
         proposers: Sequence[Proposer | None] | None = None,
         draft_settings: DraftSettings | None = None,
+        state_bytes: int = 0,
+        states: Iterable[StoredState] = (),
+        keep_states: KeepStates | None = None,
     ) -> None:
         self._num_slots = backends[0].n_slots
         self._on_crash = on_crash
         self._gate = StepGate()
         threads = _Threads(backends[0].n_threads)
+        shares: list[list[StoredState]] = [[] for _ in backends]
+        for state in states:
+            lane, own = divmod(state.number, self._num_slots)
+            shares[lane % len(backends)].append(replace(state, number=own))
         self._lanes = [
             _Lane(
                 number,
@@ -203,6 +229,9 @@ class LaneRunner:
                 draw_seed=draw_seed,
                 proposer=proposers[number] if proposers else None,
                 draft_settings=draft_settings,
+                state_bytes=state_bytes // len(backends),
+                states=shares[number],
+                keep_states=keep_states,
             )
             for number, backend in enumerate(backends)
         ]
@@ -289,6 +318,44 @@ class LaneRunner:
         """All lanes as one. Any thread."""
         return combined([lane.stats() for lane in self._lanes])
 
+    # Slots, by the numbers that they have for everybody else
+
+    def slots(self) -> list[SlotReport]:
+        """As EngineRunner.slots."""
+        return [
+            replace(each, slot_id=each.slot_id + first, number=each.number + first)
+            for first, lane in zip(count(0, self._num_slots), self._lanes, strict=False)
+            for each in lane.slots()
+        ]
+
+    def save_slot(self, name: SlotName, seconds: float) -> SlotState:
+        """As EngineRunner.save_slot."""
+        lane, own = self._lane_of(name)
+        return lane.save_slot(own, seconds)
+
+    def restore_slot(self, name: SlotName, saved: SlotState, seconds: float) -> None:
+        """As EngineRunner.restore_slot. Prompts that go to another lane do not find it."""
+        lane, own = self._lane_of(name)
+        lane.restore_slot(own, saved, seconds)
+
+    def erase_slot(self, name: SlotName, seconds: float) -> int:
+        """As EngineRunner.erase_slot; what other lanes have stored of the scope is forgotten, too."""
+        lane, own = self._lane_of(name)
+        number = lane.erase_slot(own, seconds)
+        for other in self._lanes:
+            if other is not lane and name[0] is not None:
+                other.forget_states(name[0])
+        return number
+
+    def _lane_of(self, name: SlotName) -> tuple[_Lane, SlotName]:
+        """Raises EngineError "invalid_request" for a number that no lane has."""
+        scope, number = name
+        lane, own = divmod(number, self._num_slots)
+        if not 0 <= lane < len(self._lanes):
+            most = self._num_slots * len(self._lanes)
+            raise EngineError("invalid_request", f"there is no slot {number} of {most}")
+        return self._lanes[lane], (scope, own)
+
     def drain(self, seconds: float) -> bool:
         """Take no more requests and wait until none is live, seconds at most. Returns whether none is."""
         self._take_no_more()
@@ -339,11 +406,15 @@ def run_in_lanes(
     on_crash: OnCrash | None = None,
     load_proposer: Callable[[Backend], Proposer | None] = lambda _backend: None,
     draft_settings: DraftSettings | None = None,
+    state_bytes: int = 0,
+    states: Iterable[StoredState] = (),
+    keep_states: KeepStates | None = None,
 ) -> Runner:
     """What runs this backend: one engine, or as many lanes on its model. Owns the backend from then on.
 
-    load_proposer: who guesses tokens, once for each lane. Raises EngineError, "model_does_not_fit" where the lanes are
-    too many; then everything is freed.
+    load_proposer: who guesses tokens, once for each lane. state_bytes, states, keep_states: see EngineRunner; lanes
+    share them, and keep_states is called by each. Raises EngineError, "model_does_not_fit" where the lanes are too
+    many; then everything is freed.
     """
     backends, proposers = [backend], list[Proposer | None]()
     try:
@@ -358,6 +429,14 @@ def run_in_lanes(
         if not isinstance(error, EngineError) or len(backends) == n_lanes:
             raise
         raise EngineError(error.code, f"{len(backends)} of {n_lanes} lanes fit, lower n_lanes: {error}") from error
+    common: dict[str, Any] = {
+        "sink": sink,
+        "on_crash": on_crash,
+        "draft_settings": draft_settings,
+        "state_bytes": state_bytes,
+        "states": states,
+        "keep_states": keep_states,
+    }
     if n_lanes == 1:
-        return EngineRunner(backend, sink=sink, on_crash=on_crash, proposer=proposers[0], draft_settings=draft_settings)
-    return LaneRunner(backends, sink=sink, on_crash=on_crash, proposers=proposers, draft_settings=draft_settings)
+        return EngineRunner(backend, proposer=proposers[0], **common)
+    return LaneRunner(backends, proposers=proposers, **common)

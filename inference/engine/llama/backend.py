@@ -150,8 +150,7 @@ class LlamaBackend:
         self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
     ) -> None:
         self.close(slot_id)
-        if not native.llama_memory_seq_rm(self._memory, slot_id, num_cached, -1):
-            raise RuntimeError(f"slot {slot_id} cannot be cut to {num_cached} tokens")
+        self.trim(slot_id, num_cached)
         self._samplers[slot_id] = SlotSampler(
             self._vocab,
             sampling,
@@ -205,6 +204,10 @@ class LlamaBackend:
         if native.llama_state_seq_set_data(self._context, buffer, len(state), slot_id) == 0:
             self.erase(slot_id)
             raise EngineError("state_invalid", "llama.cpp does not read this state")
+
+    def trim(self, slot_id: int, num_tokens: int) -> None:
+        if not native.llama_memory_seq_rm(self._memory, slot_id, num_tokens, -1):
+            raise RuntimeError(f"slot {slot_id} cannot be cut to {num_tokens} tokens")
 
     def erase(self, slot_id: int) -> None:
         native.llama_memory_seq_rm(self._memory, slot_id, -1, -1)
