@@ -277,7 +277,6 @@ class ServedModelAdmin(ModelAdmin):
                 )
             },
         ),
-        ("Conversations", {"fields": ("conversations", "chat_template", "template_of_file")}),
         (
             "Drafts",
             {
@@ -288,6 +287,7 @@ class ServedModelAdmin(ModelAdmin):
                 )
             },
         ),
+        ("Conversations", {"fields": ("conversations", "chat_template", "template_of_file")}),
         ("The file", {"fields": ("digest", "size", "facts", ("created_at", "updated_at"))}),
     )
     fields_for_registration = (

@@ -24,6 +24,7 @@ from inference.engine import (
 from inference.engine.engine import Engine
 from inference.engine.gate import StepGate
 from inference.engine.lanes import LaneRunner, run_in_lanes
+from inference.engine.state_store import StoredState
 
 from .cast import EventLog, assert_well_formed, make_request
 
@@ -444,3 +445,42 @@ def test_the_gate_lets_steps_pass_together_and_whoever_waited_goes_before_the_ne
     for thread in threads:
         thread.join(5)
     assert seen == ["step", "step", "closed", "open", "later step", "closed", "open"]
+
+
+def test_a_slot_of_any_lane_is_saved_restored_and_erased_by_its_number(log: EventLog, start_lanes: StartLanes) -> None:
+    kept: list[StoredState] = []
+    runner = start_lanes(state_bytes=1 << 20, keep_states=kept.extend)
+    prompt = tuple(range(5, 205))
+    runner.submit(endless("busy", A, cache_scope="alice"))
+    lane_of(log, "busy")
+    runner.submit(make_request("r", prompt=prompt, max_tokens=5, adapters=B, cache_scope="alice"))
+    log.wait_finished("r")
+    number = log.finished["r"].receipt.slot_id
+    assert number is not None and number >= SLOTS
+    assert ("alice", number) in {(each.scope, each.number) for each in runner.slots()}
+    saved = runner.save_slot(("alice", number), 5.0)
+    assert saved.tokens[: len(prompt)] == prompt and saved.adapters == B
+    assert runner.erase_slot(("alice", number), 5.0) == len(saved.tokens)
+    assert runner.save_slot(("alice", number), 5.0).tokens == ()
+    runner.restore_slot(("alice", number), saved, 5.0)
+    assert code_of(lambda: runner.save_slot(("alice", 2 * SLOTS), 5.0)) == "invalid_request"
+    runner.submit(make_request("again", prompt=prompt, max_tokens=5, adapters=B, cache_scope="alice"))
+    log.wait_finished("again")
+    assert log.finished["again"].receipt.cached_tokens == len(prompt) - 1
+    runner.stop()
+    assert {(each.key, each.number) for each in kept} >= {(("alice", B), number)}
+
+
+def test_states_of_an_earlier_life_go_back_to_their_lanes(log: EventLog, start_lanes: StartLanes) -> None:
+    kept: list[StoredState] = []
+    first = start_lanes(fake(n_ctx=1000, seconds_per_token=0.0005), state_bytes=1 << 20, keep_states=kept.extend)
+    prompt = tuple(range(5, 205))
+    for name, adapters in (("a", A), ("b", B)):
+        first.submit(make_request(name, prompt=prompt, max_tokens=200, adapters=adapters, cache_scope="alice"))
+    log.wait_finished("a", "b")
+    first.stop()
+    second = start_lanes(fake(n_ctx=1000, seconds_per_token=0.0005), state_bytes=1 << 20, states=kept)
+    for name, adapters in (("a2", A), ("b2", B)):
+        second.submit(make_request(name, prompt=prompt, max_tokens=5, adapters=adapters, cache_scope="alice"))
+    log.wait_finished("a2", "b2")
+    assert [log.finished[name].receipt.cached_tokens for name in ("a2", "b2")] == [len(prompt) - 1] * 2
