@@ -28,8 +28,11 @@ async def open_part_stream(
     frames_of: FramesOf,
     *,
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    closing: Callable[[], bytes] = bytes,
 ) -> EventStream:
-    """As streaming.open_stream: a failure before the first frame has a status. Raises Refusal."""
+    """As streaming.open_stream: a failure before the first frame has a status. closing: what is said behind the end of
+    all parts. Raises Refusal.
+    """
     merged = _Merged(parts, first, frames_of)
     waiting = asyncio.ensure_future(merged.next())
     try:
@@ -42,7 +45,7 @@ async def open_part_stream(
         raise
     words = frames_of(0, first)
     response = EventStream(
-        with_keep_alive(_frames(merged, waiting, words), keep_alive_seconds),
+        with_keep_alive(_frames(merged, waiting, words, closing), keep_alive_seconds),
         abandon=merged.stop,
         last_words=words.error(RESTARTING),
     )
@@ -104,12 +107,16 @@ class _Merged:
             await self._queue.put(frames.end(ending, event.id))
 
 
-async def _frames(merged: _Merged, waiting: asyncio.Future[bytes | None], words: Frames) -> AsyncGenerator[bytes]:
+async def _frames(
+    merged: _Merged, waiting: asyncio.Future[bytes | None], words: Frames, closing: Callable[[], bytes]
+) -> AsyncGenerator[bytes]:
     try:
         said = await waiting
         while said is not None:
             yield said
             said = await merged.next()
+        if last := closing():
+            yield last
     except Refusal as refusal:
         yield words.error(refusal)
     finally:

@@ -26,7 +26,7 @@ Spoken = tuple[StreamEvent, bytes]
 
 
 class Frames(Protocol):
-    """How a dialect words the events of one request. started: nothing is sent where it has no words for it."""
+    """How a dialect words the events of one request. Nothing is sent of those that it has no words for."""
 
     def started(self, event: StreamEvent) -> bytes: ...
 
@@ -72,9 +72,7 @@ async def spoken(request_id: str, frames: Frames) -> AsyncGenerator[Spoken]:
         async for event in events:
             if event.kind == "finished":
                 yield event, b""
-            elif event.kind == "delta":
-                yield event, frames.delta(event)
-            elif said := frames.started(event):
+            elif said := frames.delta(event) if event.kind == "delta" else frames.started(event):
                 yield event, said
 
 
