@@ -5,7 +5,7 @@ Pure: no Django, no Redis, no model. Dialects use three things.
     plan = plan_tools(template, tools, choice="auto", name=None, parallel=True, max_chars=None)
         template: ChatTemplate | None; tools: OpenAI's form, in JSON. Raises Refusal (400).
         plan.prompt_tools -> ChatPrompt.tools; plan.grammar -> SamplingParams.grammar, or None;
-        plan.shown_tokens -> TokenizerPool.control_tokens -> SamplingParams.shown_tokens.
+        plan.shown_texts -> GenerateOrder.shown_texts (control tokens that the text must show).
 
     content, calls = plan.read(text, rng=rng, is_thinking=False)
         calls: tuple[Call(id, name, arguments)], arguments a JSON text. Never raises; a plan without tools finds none.

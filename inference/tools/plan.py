@@ -26,9 +26,9 @@ CHOICES = ("none", "auto", "required")
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
     """prompt_tools: for ChatPrompt.tools. grammar: for SamplingParams.grammar, None leaves the model free. formats:
-    how its calls may look, none where it has no tools. names: of the tools. shown_tokens: texts which, where the
+    how its calls may look, none where it has no tools. names: of the tools. shown_texts: texts which, where the
     vocabulary has them as control tokens, must reach the answer's text
-    (TokenizerPool.control_tokens)."""
+    (GenerateOrder.shown_texts)."""
 
     prompt_tools: tuple[Mapping[str, Any], ...] = ()
     grammar: str | None = None
@@ -40,7 +40,7 @@ class ToolPlan:
         return self.grammar is not None
 
     @property
-    def shown_tokens(self) -> tuple[str, ...]:
+    def shown_texts(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(token for each in self.formats for token in each.tokens))
 
     def read(self, text: str, *, rng: random.Random, is_thinking: bool = False) -> tuple[str, tuple[Call, ...]]:
