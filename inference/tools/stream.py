@@ -164,10 +164,8 @@ class ToolCallStream:
         assert self._tape is not None
         assert self._reading is not None
         try:
-            next(self._reading)
-            return False
-        except StopIteration:
-            self._tape.commit()
+            for _ in self._reading:
+                return False
         except Broken:
             self._calls.drop()
         tape, self._tape, self._reading = self._tape, None, None

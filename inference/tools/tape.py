@@ -117,11 +117,12 @@ class Tape:
             raise
 
     def optional(self, *markers: str) -> Iterator[None]:
-        """As has, but without Broken."""
+        """As has, but without Broken. Of an answer that was cut within the first of them, nothing is left."""
         try:
             yield from self.has(*markers)
         except Broken:
-            return
+            if self.is_ended and markers[0].startswith(self.text[self.position :].lstrip()):
+                self.position = len(self.text)
 
     def name(self) -> Iterator[None]:
         """Go behind a name up to a character that belongs to none."""
