@@ -150,6 +150,8 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
     for name, value in values.items():
         if name == "logit_bias" and isinstance(value, list):
             values[name] = tuple((int(token), -math.inf if bias is None else float(bias)) for token, bias in value)
+        elif name == "shown_tokens" and isinstance(value, list):
+            values[name] = tuple(map(int, value))
         else:
             values[name] = _parameter(name, value, DEFAULTS)
     return SamplingParams(**values)
