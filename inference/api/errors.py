@@ -235,7 +235,7 @@ class OpenAIErrors:
     def _param(self, refusal: Refusal) -> str | None:
         if fields := refusal.extra.get("fields"):
             return path_of(fields[0]["loc"])
-        named = refusal.extra.get("param") or self.PARAMS.get(refusal.code)
+        named = refusal.extra.get("field") or self.PARAMS.get(refusal.code)
         return named or (self._prompt if refusal.code in self.OF_THE_PROMPT else None)
 
     def _message(self, refusal: Refusal) -> str:

@@ -5,6 +5,7 @@ Pure; made in the hop once a request. A writer is one choice of a stream, on the
 
 from __future__ import annotations
 
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,10 +15,15 @@ from typing import Any, ClassVar
 from inference.api.following import Collected, Ending
 from inference.api.openai.replies import Tally, TextLogprobs, chat_logprobs
 from inference.api.openai.schemas import ChatBody, CompletionsBody
-from inference.chat.thinking import THINK, Spoken, Tags, ThoughtSplitter
+from inference.api.openai.speech import Speech, Utterance
+from inference.chat.prompt import ChatPrompt
+from inference.chat.thinking import THINK, Tags, ThoughtSplitter
 from inference.engine.types import TokenProbs
 from inference.registry import Served
+from inference.tools import ToolPlan
 
+RANDOM = random.SystemRandom()
+"""For the ids of calls."""
 Choices = list[dict[str, Any]]
 
 
@@ -79,55 +85,60 @@ class Asked(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedChat(Asked):
-    """tags: of the model's thoughts, None leaves them in the content. is_open: the prompt ends within thoughts."""
+    """tags: of the model's thoughts. is_open: the prompt ends within thoughts. plan: of the request's tools."""
 
     prefix: ClassVar[str] = "chatcmpl"
     kind: ClassVar[str] = "chat.completion"
     chunk_kind: ClassVar[str] = "chat.completion.chunk"
 
     body: ChatBody
-    tags: Tags | None = THINK
+    prompt: ChatPrompt
+    plan: ToolPlan
+    tags: Tags = THINK
     is_open: bool = False
 
     def choice(self, index: int, collected: Collected) -> dict[str, Any]:
         speech = self.speech()
         spoken = speech.feed(collected.text) + speech.finish()
-        message: dict[str, Any] = {"role": "assistant", "content": spoken.said, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": spoken.content, "refusal": None}
         if spoken.thought:
             message["reasoning_content"] = spoken.thought
+        if spoken.calls:
+            message["tool_calls"] = [_without_index(call) for call in spoken.calls]
         return {
             "index": index,
             "message": message,
             "logprobs": self.logprobs(collected.probs),
-            "finish_reason": collected.ending.finish_reason,
+            "finish_reason": finish_reason(collected.ending, speech),
         }
 
     def writer(self, index: int) -> Writer:
         return ChatWriter(self, index)
 
     def speech(self) -> Speech:
-        return Speech(self.tags, is_open=self.is_open)
+        splits = self.body.reasoning_format != "none"
+        return Speech(
+            ThoughtSplitter(self.tags, is_open=self.is_open) if splits else None,
+            self.plan.stream(rng=RANDOM, eager=False, is_thinking=self.is_open and not splits),
+            max_calls=1 if self.body.parallel_tool_calls is False else None,
+        )
 
     def logprobs(self, probs: Sequence[TokenProbs]) -> dict[str, Any] | None:
         """None where none were asked for."""
         return chat_logprobs(probs, self.body.top_logprobs or 0) if self.body.logprobs else None
 
 
-class Speech:
-    """The text of one answer as what is thought and what is said."""
+def finish_reason(ending: Ending, speech: Speech) -> str | None:
+    """An answer that was cut is not one that waits for its tools."""
+    return "tool_calls" if speech.num_calls and ending.finish_reason == "stop" else ending.finish_reason
 
-    def __init__(self, tags: Tags | None, *, is_open: bool) -> None:
-        self._splitter = None if tags is None else ThoughtSplitter(tags, is_open=is_open)
 
-    def feed(self, text: str) -> Spoken:
-        return Spoken(said=text) if self._splitter is None else self._splitter.feed(text)
-
-    def finish(self) -> Spoken:
-        return Spoken() if self._splitter is None else self._splitter.finish()
+def _without_index(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name != "index"}
 
 
 class ChatWriter(Writer):
-    """The role first, then what is thought and said, then why it ended."""
+    """The role first, then what is thought, said and called, then why it ended."""
 
     def __init__(self, asked: AskedChat, index: int) -> None:
         self._asked, self._index = asked, index
@@ -138,14 +149,17 @@ class ChatWriter(Writer):
         return self._spoken(self._speech.feed(text), probs)
 
     def end(self, ending: Ending) -> Choices:
-        return [*self._spoken(self._speech.finish(), ()), self._choice({}, finish_reason=ending.finish_reason)]
+        last = self._spoken(self._speech.finish(), ())
+        return [*last, self._choice({}, finish_reason=finish_reason(ending, self._speech))]
 
-    def _spoken(self, spoken: Spoken, probs: Sequence[TokenProbs]) -> Choices:
+    def _spoken(self, spoken: Utterance, probs: Sequence[TokenProbs]) -> Choices:
         choices = [] if self._has_begun else [self._choice({"role": "assistant", "content": ""})]
         self._has_begun = True
-        delta = {"reasoning_content": spoken.thought} if spoken.thought else {}
-        if spoken.said or (probs and not delta):
-            delta["content"] = spoken.said
+        delta: dict[str, Any] = {"reasoning_content": spoken.thought} if spoken.thought else {}
+        if spoken.calls:
+            delta["tool_calls"] = list(spoken.calls)
+        if spoken.content or (probs and not delta):
+            delta["content"] = spoken.content
         return [*choices, self._choice(delta, self._asked.logprobs(probs) if probs else None)] if delta else choices
 
     def _choice(

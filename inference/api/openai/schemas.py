@@ -6,7 +6,6 @@ Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from django.conf import settings
@@ -167,13 +166,15 @@ class OpenAIFields(SamplingFields):
         return given
 
     def answer_grammar(self) -> str | None:
-        """Raises Refusal with the field that is wrong as `param`."""
+        """Raises Refusal, which names the field as this dialect does."""
         schema, place = self.response_schema
         try:
             return grammar_from(self.grammar, schema)
         except Refusal as refusal:
-            refusal.extra["param"] = "grammar" if refusal.extra.get("field") == "grammar" else place
-            raise
+            if refusal.extra.get("field") != "json_schema":
+                raise
+            message = refusal.message.replace("'json_schema'", f"'{place}'", 1)
+            raise Refusal(refusal.code, message, **{**refusal.extra, "field": place}) from refusal
 
 
 class ChatBody(OpenAIFields, TemplateFields):
@@ -233,11 +234,21 @@ class ChatBody(OpenAIFields, TemplateFields):
             raise wrong_field("tool_choice", "names a function that is not among the tools")
         if self.response_format and self.response_format.type != "text" and self.json_schema is not None:
             raise wrong_field("response_format", "give either response_format or json_schema, not both")
+        if self.must_call and (self.grammar or self.response_schema[0] is not None):
+            raise wrong_field("tool_choice", "asks for a call, and the answer is to have another form")
         return self
 
     @property
     def must_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def choice(self) -> str:
+        return self.tool_choice if isinstance(self.tool_choice, str) else "auto"
+
+    @property
+    def named_tool(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
     def tool_names(self) -> list[str]:
@@ -256,9 +267,8 @@ class ChatBody(OpenAIFields, TemplateFields):
         return wanted, self.response_format.place
 
     def prompt(self) -> ChatPrompt:
-        """Raises Refusal. Where no tool may be called the model sees none."""
-        prompt = self.chat_prompt(self.messages)
-        return replace(prompt, tools=()) if self.tool_choice == "none" else prompt
+        """Raises Refusal."""
+        return self.chat_prompt(self.messages)
 
 
 class CompletionsBody(OpenAIFields, PromptFields):

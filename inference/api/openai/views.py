@@ -44,6 +44,7 @@ from inference.chat.thinking import tags_of
 from inference.orders import GenerateOrder
 from inference.registry import Served
 from inference.tokenizers import pool
+from inference.tools import plan_tools
 
 TAIL_TOKENS = 16
 """Of a prompt: in them a template that lets the model think has opened its thoughts."""
@@ -177,23 +178,35 @@ class ChatCompletionsView(AnsweringView):
         served, _ = adapters.resolve_model(body.model, self.admit_to_view())
         prompt = body.prompt()
         template = served.template_for(prompt)
+        plan = plan_tools(
+            template,
+            prompt.tools,
+            body.choice,
+            name=body.named_tool,
+            parallel=body.parallel_tool_calls is not False,
+            max_chars=body.wanted_tokens if body.wanted_tokens > 0 else None,
+        )
         asked = AskedChat(
             request_id=self.request_id,
             served=served,
             model=body.model or served.name,
             include_usage=body.include_usage,
             body=body,
-            tags=None if body.reasoning_format == "none" else tags_of(template.source),
+            prompt=replace(prompt, tools=plan.prompt_tools),
+            plan=plan,
+            tags=tags_of(template.source),
         )
-        order = order_from(body, prompt, request)
+        order = order_from(body, asked.prompt, request)
+        if plan.grammar is not None:
+            order = replace(order, sampling=replace(order.sampling, grammar=plan.grammar))
+        shown = (asked.tags.start, asked.tags.end) if template.has_thinking else ()
+        order = replace(order, shown_texts=(*plan.shown_texts, *shown))
         return self.generate(body, asked, completions(order, body.num_completions))
 
     def as_admitted(self, asked: Asked, answer: Admitted | CachedAnswer) -> Asked:
         """A template may open the model's thoughts itself, and so may the text that goes on."""
         assert isinstance(asked, AskedChat)
-        if asked.tags is None:
-            return asked
-        prompt = asked.body.prompt()
+        prompt = asked.prompt
         begun = prompt.messages[-1].content or "" if prompt.continue_final_message else ""
         is_open = asked.tags.are_open_in(begun)
         if not is_open and asked.served.template_for(prompt).has_thinking:
