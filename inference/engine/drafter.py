@@ -69,6 +69,10 @@ class Drafter:
             acceptance = self._of(sequence.adapters).copy()
             self._live[sequence.request_id] = _Drafting(bounds, acceptance)
 
+    def forget(self, slot_id: int) -> None:
+        """What is in this slot is none of what its last sequence left there."""
+        self._proposer.open(slot_id, 0)
+
     def close(self, request_id: str) -> None:
         self._live.pop(request_id, None)
 
