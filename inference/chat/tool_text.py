@@ -29,19 +29,21 @@ def with_tools_listed(messages: Sequence[Json], tools: Sequence[Mapping[str, Any
 
 
 def with_calls_written(messages: Sequence[Json]) -> list[Json]:
-    """Calls as the assistant's text, and what tools answered as the user's, in one message where several follow."""
+    """Calls as the assistant's text, and what tools answered as the user's, in one message with what the user
+    says next: many templates want the two to take turns."""
     written: list[Json] = []
     is_answering = False
     for message in messages:
-        if message["role"] == "tool":
+        is_result = message["role"] == "tool"
+        if is_result:
             text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
-            if is_answering:
-                written[-1]["content"] += "\n" + text
-            else:
-                written.append({"role": "user", "content": text})
+            message = {"role": "user", "content": text}
+        if is_answering and message["role"] == "user":
+            between = "\n" if is_result else "\n\n"
+            written[-1]["content"] += between + (message["content"] or "")
         else:
             written.append(_without_calls(message) if message.get("tool_calls") else message)
-        is_answering = message["role"] == "tool"
+        is_answering = is_result
     return written
 
 
