@@ -35,7 +35,7 @@ ABORT = "llmsite.abort"
 CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 MAX_HEADER_BYTES = 64 * 1024
 MAX_DRAINED_BYTES = 16 * 1024 * 1024
-OPENAI_PATHS = ("/v1/chat/", "/v1/completions", "/v1/models")
+OPENAI_PATHS = ("/v1/chat/", "/v1/completions", "/v1/models", "/chat/")
 """Whose clients look for an error in `error`."""
 STATUS_CLIENT_GONE = 499
 """Only ever logged: nobody is left to read a status."""

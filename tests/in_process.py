@@ -110,9 +110,6 @@ class BlankTokenizers:
     def fill_tokens(self, model: Any) -> dict[str, int | None]:
         return dict(self.fill)
 
-    def control_tokens(self, model: Any, texts: tuple[str, ...]) -> tuple[int, ...]:
-        return ()
-
     def ask(self, model: Any, message: dict[str, Any]) -> dict[str, Any]:
         """A dry run of a grammar: one with a rule named `bomb` ends the child that tries it."""
         self.tried.append(message["grammar"])

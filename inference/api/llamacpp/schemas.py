@@ -211,9 +211,6 @@ class SamplingFields(BaseModel):
     samplers: Annotated[list[Sampler], Field(max_length=16)] | None = None
     logit_bias: Biases | BiasesById | None = Field(None, description="Token ids with a bias; false is never.")
     ignore_eos: bool | None = None
-    n_probs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(
-        None, description="Most probable tokens to report beside each one that is chosen."
-    )
     post_sampling_probs: bool | None = Field(None, description="Probabilities as the samplers left them.")
     grammar: Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS)] | None = Field(
         None, description="GBNF that the answer follows."
@@ -243,7 +240,8 @@ class SamplingFields(BaseModel):
 
     @property
     def num_probs(self) -> int:
-        return self.n_probs or 0
+        """Each dialect has its own words for it."""
+        return 0
 
     @property
     def keep_alive_seconds(self) -> float:
@@ -354,6 +352,9 @@ class SamplingBody(SamplingFields):
     stream_options: StreamOptions | None = None
     return_progress: bool | None = Field(
         None, description="In streams: an event when the prompt is begun and one when it is computed."
+    )
+    n_probs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(
+        None, description="Most probable tokens to report beside each one that is chosen."
     )
     logprobs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(None, description="An alias of n_probs.")
     n_cmpl: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Completions of each prompt.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from django.http import HttpResponse
 from django.utils import timezone
-from drf_spectacular.utils import extend_schema
+from drf_spectacular.utils import extend_schema, extend_schema_view
 from redis import RedisError
 from rest_framework.request import Request
 
@@ -81,6 +81,11 @@ class ModelsView(OpenAIView):
             "deployment_capabilities": {"generate": True, "stream": True, "batch": True},
         }
         return json_response(content)
+
+
+@extend_schema_view(get=extend_schema(operation_id="models_short"))
+class ShortModelsView(ModelsView):
+    """The same where llama.cpp's server has it, too."""
 
 
 def _openai_models(model: Served, principal: Principal) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import ClassVar
 
 from django.http import HttpResponse, HttpResponseBase
-from drf_spectacular.utils import extend_schema
+from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework.request import Request
 
 from inference import adapters, admission
@@ -212,6 +212,11 @@ class ChatCompletionsView(AnsweringView):
         if not is_open and asked.served.template_for(prompt).has_thinking:
             is_open = _tail(asked.served, prompt, answer).rstrip().endswith(asked.tags.start)
         return replace(asked, is_open=is_open)
+
+
+@extend_schema_view(post=extend_schema(operation_id="chat_completions_short"))
+class ShortChatCompletionsView(ChatCompletionsView):
+    """The same where llama.cpp's server has it, too."""
 
 
 class CompletionsView(AnsweringView):

@@ -125,6 +125,21 @@ def test_the_completion_cache_is_used_where_it_is_asked_for(site: InProcessSite)
     assert chat(alice).headers["x-cache"] == "miss"
 
 
+def test_tools_are_shown_and_a_forced_call_has_a_grammar(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    plain = chat(alice).json()["usage"]["prompt_tokens"]
+    assert chat(alice, tools=[TOOL]).json()["usage"]["prompt_tokens"] > plain
+    assert chat(alice, tools=[TOOL], tool_choice="none").json()["usage"]["prompt_tokens"] == plain
+    assert not site.tokenizers.tried
+    chat(alice, tools=[TOOL], tool_choice="required")
+    assert "look_up" in site.tokenizers.tried[0]
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "what"}}}
+    error_of(chat(alice, tools=[bad], tool_choice="required"), 400, "invalid_schema", "tools")
+    form = {"type": "json_object"}
+    refused = chat(alice, tools=[TOOL], tool_choice="required", response_format=form)
+    error_of(refused, 400, "invalid_value", "tool_choice")
+
+
 def test_fields_that_nobody_knows_are_ignored(site: InProcessSite) -> None:
     alice = site.client(site.cast.alice)
     new = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "of_tomorrow": {"x": 1}}
@@ -424,6 +439,14 @@ def test_a_model_is_found_by_name_and_by_alias(site: InProcessSite) -> None:
     assert alice.get(f"/v1/models/{MODEL}").json() == listed[MODEL]
     assert alice.get("/v1/models/default-chat").json()["id"] == "default-chat"
     assert {"id", "object", "created", "owned_by"} <= listed[MODEL].keys()
+
+
+def test_llamacpps_short_addresses_are_the_same(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    body = {"messages": HELLO, "max_tokens": 8, "temperature": 0}
+    short, long = (alice.post(path, json=body).json() for path in ("/chat/completions", CHAT))
+    assert short["choices"] == long["choices"]
+    assert alice.get("/models").json()["data"] == alice.get("/v1/models").json()["data"]
 
 
 def test_errors_of_the_list_are_in_both_shapes(site: InProcessSite) -> None:
