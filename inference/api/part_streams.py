@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 from accounts.refusals import Refusal
 from inference.admission import Admitted, CachedAnswer
@@ -47,7 +48,7 @@ async def open_part_stream(
     response = EventStream(
         with_keep_alive(_frames(merged, waiting, words, closing), keep_alive_seconds),
         abandon=merged.stop,
-        last_words=words.error(RESTARTING),
+        last_words=partial(words.error, RESTARTING),
     )
     response.headers["x-cache"] = "hit" if isinstance(first, CachedAnswer) else "miss"
     if isinstance(first, Admitted) and first.clamped:

@@ -58,7 +58,7 @@ async def open_stream(
     response = EventStream(
         with_keep_alive(_frames(frames, first, events), keep_alive_seconds),
         abandon=partial(cancelling.cancel_soon, request_id),
-        last_words=frames.error(RESTARTING),
+        last_words=partial(frames.error, RESTARTING),
     )
     response.headers["x-cache"] = "miss"
     if admitted.clamped:

@@ -9,7 +9,7 @@ import pytest
 from inference import registry
 from inference.models import Receipt, ServedModel
 from tests.conftest import make_customer
-from tests.in_process import MODEL, N_CTX, OTHER_MODEL, FakeSpeed, InProcessSite
+from tests.in_process import MODEL, N_CTX, OTHER_MODEL, FakeSpeed, InProcessSite, wait_until
 from tests.openai_calls import HELLO, chat, chunks, complete, error_of, text_of
 
 pytestmark = pytest.mark.api
@@ -230,6 +230,18 @@ def test_a_worker_that_stops_is_an_error_in_the_stream(site: InProcessSite, fake
     assert '"error":{"message":' in said[-2]
     assert '"finish_reason":"error"' in said[-2]
     assert not any('"finish_reason":"stop"' in line for line in said)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stream_that_went_well_is_logged_without_an_error(
+    site: InProcessSite, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr("llmsite.guard.log_request", lines.append)
+    chunks(site.client(site.cast.alice), CHAT, n=number)
+    wait_until(lambda: len(lines) == 1)
+    assert lines[0]["route"] == CHAT
+    assert "error_type" not in lines[0]
 
 
 # Thoughts
