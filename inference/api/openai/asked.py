@@ -36,6 +36,10 @@ class Writer(ABC):
     @abstractmethod
     def end(self, ending: Ending) -> Choices: ...
 
+    @abstractmethod
+    def failed(self) -> dict[str, Any]:
+        """The choice of a chunk that carries an error."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked(ABC):
@@ -152,6 +156,9 @@ class ChatWriter(Writer):
         last = self._spoken(self._speech.finish(), ())
         return [*last, self._choice({}, finish_reason=finish_reason(ending, self._speech))]
 
+    def failed(self) -> dict[str, Any]:
+        return self._choice({"content": ""}, finish_reason="error")
+
     def _spoken(self, spoken: Utterance, probs: Sequence[TokenProbs]) -> Choices:
         choices = [] if self._has_begun else [self._choice({"role": "assistant", "content": ""})]
         self._has_begun = True
@@ -210,4 +217,10 @@ class TextWriter(Writer):
         return [{"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": None}]
 
     def end(self, ending: Ending) -> Choices:
-        return [{"index": self._index, "text": "", "logprobs": None, "finish_reason": ending.finish_reason}]
+        return [self._last(ending.finish_reason)]
+
+    def failed(self) -> dict[str, Any]:
+        return self._last("error")
+
+    def _last(self, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": self._index, "text": "", "logprobs": None, "finish_reason": finish_reason}

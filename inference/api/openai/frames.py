@@ -30,7 +30,7 @@ class ChunkFrames:
         is_alone: bool = True,
         on_error: Callable[[str], None] = lambda code: None,
     ) -> None:
-        self._asked, self._tally, self._errors, self._index = asked, tally, errors, index
+        self._asked, self._tally, self._errors = asked, tally, errors
         self._shares_prompt, self._is_alone, self._on_error = shares_prompt, is_alone, on_error
         self._writer = asked.writer(index)
 
@@ -49,8 +49,7 @@ class ChunkFrames:
 
     def error(self, refusal: Refusal, event_id: str | None = None) -> bytes:
         self._on_error(refusal.code)
-        choice = {"index": self._index, "delta": {"content": ""}, "finish_reason": "error"}
-        content = {**self._asked.chunk(choice), "error": self._errors.error(refusal)}
+        content = {**self._asked.chunk(self._writer.failed()), "error": self._errors.error(refusal)}
         return frame(content, event_id=event_id if self._is_alone else None) + DONE
 
     def _frames(self, choices: list[dict[str, Any]], event_id: str) -> bytes:

@@ -25,6 +25,7 @@ from inference.api.llamacpp.schemas import (
     SamplingFields,
 )
 from inference.api.native.schemas import AdapterBody
+from inference.api.openai.tolerance import known_messages, known_tools
 from inference.chat.prompt import ChatPrompt
 from inference.grammars import grammar_from
 from inference.orders import Wanted
@@ -34,7 +35,6 @@ MAX_COMPLETION_LOGPROBS = 5
 MAX_BEST_OF = 128
 MAX_SUFFIX_CHARACTERS = 1 << 16
 LENIENT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
-SERVED_PARTS = frozenset({"text"})
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -200,19 +200,13 @@ class ChatBody(OpenAIFields, TemplateFields):
 
     @field_validator("messages", mode="before")
     @classmethod
-    def _has_text_alone(cls, value: Any) -> Any:
-        """Names the part that is no text; everything else is said by the form of a message."""
-        for place, message in enumerate(value if isinstance(value, list) else ()):
-            content = message.get("content") if isinstance(message, dict) else None
-            for number, part in enumerate(content if isinstance(content, list) else ()):
-                kind = part.get("type") if isinstance(part, dict) else None
-                if isinstance(kind, str) and kind not in SERVED_PARTS:
-                    raise PydanticCustomError(
-                        "unsupported_part",
-                        "Part {number} of message {place} is of type {kind}: this server takes text alone",
-                        {"number": number, "place": place, "kind": kind[:40]},
-                    )
-        return value
+    def _known_messages(cls, value: Any) -> Any:
+        return known_messages(value)
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _known_tools(cls, value: Any) -> Any:
+        return known_tools(value)
 
     @field_validator("tool_choice", mode="before")
     @classmethod

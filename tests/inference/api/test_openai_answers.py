@@ -10,6 +10,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from accounts.refusals import Refusal
 from inference.api.errors import EVERY, OPENAI, path_of
@@ -187,6 +188,34 @@ def test_a_context_is_shifted_only_where_it_is_asked_for() -> None:
     assert not body.decoding().context_shift
     assert body.model_copy(update={"context_shift": True}).decoding().context_shift
     assert not body.model_copy(update={"context_shift": True, "max_tokens": None}).decoding().context_shift
+
+
+def test_what_clients_add_to_messages_and_tools_is_left_out() -> None:
+    call = {"id": "c1", "index": 0, "type": "function", "function": {"name": "add", "arguments": "{}", "parsed": {}}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}], "sentiment": 1},
+        {"role": "assistant", "content": None, "parsed": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3", "is_error": False},
+    ]
+    tools = [{**TOOLS[0], "defer_loading": True}]
+    body = ChatBody.model_validate({"messages": messages, "tools": tools})
+    user, assistant, tool = body.prompt().messages
+    assert (user.content, assistant.tool_calls[0].name, tool.content) == ("x", "add", "3")
+    assert body.prompt().tools == (TOOLS[0],)
+
+
+@pytest.mark.parametrize(
+    "messages", [None, 5, "x", [], [5], [{}], [{"role": 5}], [{"role": "user", "content": [5]}], [{"role": ["user"]}]]
+)
+def test_what_is_no_message_is_told_by_its_form(messages: Any) -> None:
+    with pytest.raises(ValidationError):
+        ChatBody.model_validate({"messages": messages})
+
+
+@pytest.mark.parametrize("tools", [5, [5], [{"function": 5}], [{"type": "function"}]])
+def test_what_is_no_tool_is_told_by_its_form(tools: Any) -> None:
+    with pytest.raises(ValidationError):
+        ChatBody.model_validate({"messages": [{"role": "user", "content": "x"}], "tools": tools})
 
 
 # Errors
