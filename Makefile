@@ -14,10 +14,10 @@ DEPLOYED := env HOST=0.0.0.0 STATE_DIR=.state/check ALLOWED_HOSTS=llm.example.or
       SECRET_KEY=only-for-the-deployment-check-0123456789-abcdefghijklmnop \
       KEY_PEPPER=1:only-for-the-deployment-check-0123456789-abcdefghijklm
 
-.PHONY: help run install dev test check bench lock up down clean
+.PHONY: help run install dev test check bench bench-engine lock up down clean
 
 help: ## List the verbs.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 run: install ## Serve a real model with demo tenants on http://127.0.0.1:8000 (PORT, HOST).
 	@exec $(VENV_PYTHON) manage.py up --demo
@@ -44,6 +44,9 @@ check: dev ## Style, types, import rules, migrations, settings, supply chain.
 bench: dev ## Measure the path around the model, and the LiteLLM proxy beside it.
 	@$(VENV_PYTHON) manage.py bench $(ARGS)
 
+bench-engine: dev ## Measure the engine beside llama.cpp's own server. ARGS="--quick" sees that all works.
+	@$(VENV_PYTHON) manage.py bench_engine $(ARGS)
+
 lock: dev ## Resolve requirements/*.in into hash-locked files.
 	@$(UV) requirements/base.in -o requirements/base.txt
 	@$(UV) requirements/worker.in -o requirements/worker.txt
@@ -51,6 +54,7 @@ lock: dev ## Resolve requirements/*.in into hash-locked files.
 	@$(UV) requirements/build.in -o requirements/build.txt
 	@$(UV) --no-deps requirements/demo.in -o requirements/demo.txt
 	@$(UV) requirements/bench.in -o requirements/bench.txt
+	@$(UV) requirements/bench-engine.in -o requirements/bench-engine.txt
 	@$(UV) requirements/train.in -o requirements/train.txt
 
 up: ## Start the containers of docker/compose.yaml.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from inference.adapters import AdapterFile
-from inference.engine.runner import EngineRunner
+from inference.engine.lanes import Runner
 from inference.engine.types import EngineError, GenerationRequest, effective
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class AdapterShelf:
         self._unfit: set[str] = set()
         """Could not be loaded ahead; tried again only when a request asks."""
 
-    def submit(self, runner: EngineRunner, request: GenerationRequest) -> None:
+    def submit(self, runner: Runner, request: GenerationRequest) -> None:
         """Hand a request to the engine with its adapters loaded. Raises EngineError.
 
         "adapter_not_loaded" is of an adapter that is not registered any more, "adapter_file_invalid" of a broken file.
@@ -54,7 +54,7 @@ class AdapterShelf:
             self._make_room(runner, keep=wanted)
             runner.submit(request)
 
-    def follow(self, runner: EngineRunner) -> None:
+    def follow(self, runner: Runner) -> None:
         """Unload what is registered no longer, as soon as nothing uses it, and load ahead what is new."""
         files = self._read()
         with self._lock:
@@ -66,7 +66,7 @@ class AdapterShelf:
             if file.digest not in runner.adapters and file.digest not in self._unfit:
                 self._load_ahead(runner, file)
 
-    def _load_ahead(self, runner: EngineRunner, file: AdapterFile) -> None:
+    def _load_ahead(self, runner: Runner, file: AdapterFile) -> None:
         try:
             with self._lock:
                 runner.load_adapter(file.digest, file.path)
@@ -74,7 +74,7 @@ class AdapterShelf:
             self._unfit.add(file.digest)
             logger.error("adapter %s could not be loaded: %s", file.name, error)
 
-    def _load(self, runner: EngineRunner, digest: str) -> None:
+    def _load(self, runner: Runner, digest: str) -> None:
         if digest in runner.adapters:
             return
         if digest not in self._paths:
@@ -84,14 +84,14 @@ class AdapterShelf:
             raise EngineError("adapter_not_loaded", f"adapter {digest} is not registered for this model")
         runner.load_adapter(digest, path)
 
-    def _make_room(self, runner: EngineRunner, *, keep: Iterable[str]) -> None:
+    def _make_room(self, runner: Runner, *, keep: Iterable[str]) -> None:
         loaded = runner.adapters
         spare = [digest for digest in self._used if digest in loaded and digest not in set(keep)]
         never_used = [digest for digest in loaded if digest not in self._used]
         for digest in [*never_used, *spare][: max(0, len(loaded) - MAX_LOADED)]:
             self._unload(runner, digest)
 
-    def _unload(self, runner: EngineRunner, digest: str) -> None:
+    def _unload(self, runner: Runner, digest: str) -> None:
         try:
             runner.unload_adapter(digest)
         except EngineError as error:

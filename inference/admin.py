@@ -91,7 +91,8 @@ def _describe(report: Mapping[str, Any], worker_id: str) -> str:
     if report["error"]:
         return f"{report['state']} on {worker_id}: {report['error']}"
     if report["state"] == "ready":
-        return f"loaded on {worker_id}, {report['busy']} of {report['slots']} slots busy"
+        without = "".join(f"; no {name}: {reason}" for name, reason in (report.get("cannot") or {}).items())
+        return f"loaded on {worker_id}, {report['busy']} of {report['slots']} slots busy{without}"
     return f"{report['state']} on {worker_id}"
 
 
@@ -163,6 +164,7 @@ class ServedModelForm(ServedModelFormBase):
             "path": "Path of the file",
             "n_ctx": "Context of one slot",
             "n_slots": "Slots",
+            "n_lanes": "Lanes",
             "n_threads": "Threads",
             "n_gpu_layers": "Layers on the GPU",
             "kv_type": "Type of the key-value cache",
@@ -267,7 +269,7 @@ class ServedModelAdmin(ModelAdmin):
             "How it is served",
             {
                 "fields": (
-                    ("n_ctx", "n_slots"),
+                    ("n_ctx", "n_slots", "n_lanes"),
                     ("n_threads", "n_gpu_layers"),
                     ("kv_type", "context_shift"),
                     "pool",
@@ -275,7 +277,6 @@ class ServedModelAdmin(ModelAdmin):
                 )
             },
         ),
-        ("Conversations", {"fields": ("conversations", "chat_template", "template_of_file")}),
         (
             "Drafts",
             {
@@ -286,6 +287,7 @@ class ServedModelAdmin(ModelAdmin):
                 )
             },
         ),
+        ("Conversations", {"fields": ("conversations", "chat_template", "template_of_file")}),
         ("The file", {"fields": ("digest", "size", "facts", ("created_at", "updated_at"))}),
     )
     fields_for_registration = (

@@ -139,8 +139,8 @@ def _as_served(principal: Principal, order: GenerateOrder, served: Served) -> Ge
     the output is bounded by the request itself, and the plan allows the whole context: a plan's smaller one is an end.
     """
     slot_id = order.decoding.slot_id
-    if slot_id is not None and not 0 <= slot_id < served.n_slots:
-        raise Refusal("bad_request", f"There is no slot {slot_id}: this model has 0 to {served.n_slots - 1}.")
+    if slot_id is not None and not 0 <= slot_id < served.num_slots:
+        raise Refusal("bad_request", f"There is no slot {slot_id}: this model has 0 to {served.num_slots - 1}.")
     if order.shown_texts:
         shown = tokenizer_pool().control_tokens(served, order.shown_texts)
         order = replace(order, sampling=replace(order.sampling, shown_tokens=shown))

@@ -6,11 +6,14 @@ Used by worker.py alone, from task threads, the engine's thread and the upkeep t
 from __future__ import annotations
 
 import logging
+import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from enum import StrEnum
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from django.conf import settings
@@ -18,14 +21,16 @@ from django.conf import settings
 from inference import adapters
 from inference.adapter_shelf import AdapterShelf
 from inference.adapters import AdapterFile
-from inference.engine.backend import Backend
+from inference.engine.backend import Abilities, Backend
 from inference.engine.drafting import DraftPolicy, DraftSettings
-from inference.engine.runner import EngineRunner
+from inference.engine.lanes import Runner, run_in_lanes
+from inference.engine.slot_keeper import SlotState
 from inference.engine.speculative import PromptLookup, Proposer
 from inference.engine.stats import EngineStats
-from inference.engine.types import EngineError, EventSink, GenerationRequest
+from inference.engine.types import EngineError, EventSink, GenerationRequest, SlotReport
 from inference.models import ServedModel
 from inference.registry import Served
+from inference.slot_files import Origin, SlotFileError, SlotFiles, scope_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,13 @@ MAX_STEP_DRAFT = 256
 
 LoadBackend = Callable[[Served], Backend]
 ReadAdapters = Callable[[Served], Sequence[AdapterFile]]
+
+
+def slot_files() -> SlotFiles:
+    """The states of slots in the state folder."""
+    config = settings.CONFIG
+    folder = config.state / "slots"
+    return SlotFiles(folder, settings.SECRET_KEY, tenant_bytes=config.slot_disk_mb << 20, max_age_days=config.slot_days)
 
 
 class State(StrEnum):
@@ -109,7 +121,7 @@ def _progress(name: str) -> Callable[[float], None]:
 
 def fingerprint(served: Served) -> tuple[Any, ...]:
     """What cannot change while a model is loaded."""
-    options = (served.n_ctx, served.n_slots, served.n_threads, served.n_gpu_layers, served.kv_type)
+    options = (served.n_ctx, served.n_slots, served.n_lanes, served.n_threads, served.n_gpu_layers, served.kv_type)
     drafts = (served.draft_kind, str(served.draft_path), served.draft_digest, *astuple(draft_settings(served)))
     return (served.digest, str(served.path), served.flash_attention, *options, *drafts)
 
@@ -118,7 +130,13 @@ class HostedModel:
     """One model. `num_busy` counts the leases it serves; the caller guards `reserve` and `free` with one lock."""
 
     def __init__(
-        self, served: Served, *, load: LoadBackend, sink: EventSink, read_adapters: ReadAdapters = adapters.files_of
+        self,
+        served: Served,
+        *,
+        load: LoadBackend,
+        sink: EventSink,
+        read_adapters: ReadAdapters = adapters.files_of,
+        files: SlotFiles | None = None,
     ) -> None:
         self.served = served
         self._adapters = AdapterShelf(lambda: read_adapters(self.served))
@@ -128,7 +146,10 @@ class HostedModel:
         self.failed_at: float | None = None
         self.used_at = time.monotonic()
         self._load, self._sink = load, sink
-        self._runner: EngineRunner | None = None
+        self._runner: Runner | None = None
+        self._files = files or slot_files()
+        self.abilities: Abilities | None = None
+        """Of the memory, known once it was loaded."""
         self._loading = threading.Lock()
 
     @property
@@ -153,7 +174,7 @@ class HostedModel:
     def is_idle(self) -> bool:
         return self.num_busy == 0
 
-    def runner(self) -> EngineRunner:
+    def runner(self) -> Runner:
         """The running engine, loaded if it is not. Raises EngineError."""
         runner = self._runner
         if runner is None:
@@ -171,7 +192,7 @@ class HostedModel:
         if runner is not None and self.state is State.READY:
             self._adapters.follow(runner)
 
-    def load(self) -> EngineRunner:
+    def load(self) -> Runner:
         """Load it now; a second caller waits for the first. Raises EngineError with what the operator must know."""
         with self._loading:
             if self._runner is not None:
@@ -190,22 +211,68 @@ class HostedModel:
             logger.info("%s is loaded after %.1f s", self.served.name, time.monotonic() - started)
             return runner
 
-    def _start(self) -> EngineRunner:
+    def _start(self) -> Runner:
+        """A running engine, with the states that an earlier one has left."""
         backend = self._load(self.served)
-        try:
-            proposer = load_proposer(self.served, backend)
-        except BaseException:
-            backend.free()
-            raise
-        runner = EngineRunner(
+        room = settings.CONFIG.slot_memory_mb << 20
+        self.abilities = backend.abilities
+        origin = self.origin
+        runner = run_in_lanes(
             backend,
+            self.served.n_lanes,
             sink=self._sink,
             on_crash=self._crashed,
-            proposer=proposer,
+            load_proposer=partial(load_proposer, self.served),
             draft_settings=draft_settings(self.served),
+            state_bytes=room,
+            states=self._files.take_kept(origin, room) if room else (),
+            keep_states=lambda states: logger.info("%d states kept", self._files.keep(origin, states, room)),
         )
         runner.start()
         return runner
+
+    @property
+    def origin(self) -> Origin:
+        """What a slot's state must come from to be of use here."""
+        served = self.served
+        engine = settings.CONFIG.engine
+        build = f"{engine} {version('llama-cpp-python') if engine == 'llama' else ''} {platform.machine()}"
+        return Origin(
+            model_digest=served.digest,
+            vocabulary=f"{served.architecture} {served.vocabulary_size} {served.bos_token_id} {served.add_bos_token}",
+            n_ctx=served.n_ctx,
+            kv_type=served.kv_type,
+            build=build,
+        )
+
+    # Slots, for slot_desk.py. Raise EngineError, SlotFileError or OSError.
+
+    def slots(self, tenant_id: int | None) -> list[SlotReport]:
+        """What runs in the slots and what they hold; None: of all tenants. Loads nothing."""
+        runner = self._runner
+        found = [] if runner is None else runner.slots()
+        return [each for each in found if tenant_id is None or each.scope == scope_of(tenant_id)]
+
+    def save_slot(self, tenant_id: int, number: int, label: str, seconds: float) -> tuple[int, int]:
+        """(tokens, bytes) that were saved under the label."""
+        saved = self.runner().save_slot((scope_of(tenant_id), number), seconds)
+        return len(saved.tokens), self._files.save(tenant_id, label, self.origin, saved)
+
+    def restore_slot(self, tenant_id: int, number: int, label: str, seconds: float) -> tuple[int, int]:
+        """(tokens, bytes) that were read. Where it fails, the slot is empty afterwards."""
+        runner, name = self.runner(), (scope_of(tenant_id), number)
+        try:
+            saved, num_bytes = self._files.load(tenant_id, label, self.origin)
+        except SlotFileError:
+            runner.restore_slot(name, SlotState(), seconds)
+            raise
+        runner.restore_slot(name, saved, seconds)
+        return len(saved.tokens), num_bytes
+
+    def erase_slot(self, tenant_id: int, number: int, seconds: float) -> int:
+        """How many tokens the slot held."""
+        self._files.forget_kept(tenant_id, self.origin)
+        return self.runner().erase_slot((scope_of(tenant_id), number), seconds)
 
     def may_retry(self) -> bool:
         return self.failed_at is None or time.monotonic() - self.failed_at >= RETRY_SECONDS
@@ -259,4 +326,5 @@ class HostedModel:
             "busy": self.num_busy,
             "adapters": stats.num_adapters if stats else 0,
             "steps": stats.num_steps if stats else 0,
+            "cannot": dict(self.abilities.reasons) if self.abilities else None,
         }

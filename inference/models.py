@@ -78,6 +78,11 @@ class ServedModel(models.Model):
     n_slots = models.PositiveSmallIntegerField(
         default=8, validators=[MinValueValidator(1), MaxValueValidator(256)], help_text="Sequences decoded at once."
     )
+    n_lanes = models.PositiveSmallIntegerField(
+        default=1,
+        validators=[MinValueValidator(1), MaxValueValidator(16)],
+        help_text="Adapter vectors computed side by side. Each lane needs the key-value memory of all slots.",
+    )
     n_threads = models.PositiveSmallIntegerField(
         null=True,
         blank=True,
@@ -149,6 +154,7 @@ class ServedModel(models.Model):
             models.CheckConstraint(
                 condition=~Q(draft_kind="model") | Q(draft_model__isnull=False), name="served_model_draft_has_a_model"
             ),
+            models.CheckConstraint(condition=Q(n_lanes__gte=1, n_lanes__lte=16), name="served_model_lanes"),
         ]
 
     def __str__(self) -> str:

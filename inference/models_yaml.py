@@ -64,6 +64,7 @@ class Options(BaseModel):
 
     n_ctx: int | None = Field(None, ge=8, le=1 << 20)
     n_slots: int | None = Field(None, ge=1, le=256)
+    n_lanes: int | None = Field(None, ge=1, le=16)
     n_threads: int | None = Field(None, ge=1, le=512)
     n_gpu_layers: int | None = Field(None, ge=-1, le=10000)
     kv_type: Literal["f16", "q8_0", "q4_0"] | None = None

@@ -50,6 +50,7 @@ OPTIONS = (
     "pool",
     "n_ctx",
     "n_slots",
+    "n_lanes",
     "n_threads",
     "n_gpu_layers",
     "kv_type",
@@ -93,6 +94,7 @@ class Served:
     size_bytes: int
     n_ctx: int
     n_slots: int
+    n_lanes: int = 1
     n_threads: int | None
     flash_attention: bool | None
     n_gpu_layers: int
@@ -130,6 +132,11 @@ class Served:
         shared = self.visibility == ServedModel.Visibility.SHARED
         return shared or principal.tenant_id in self.granted_tenant_ids
 
+    @property
+    def num_slots(self) -> int:
+        """Slots that requests can name: each lane has its own."""
+        return self.n_slots * self.n_lanes
+
     def template_for(self, prompt: ChatPrompt) -> ChatTemplate:
         """The template that renders this conversation. Tools and calls that it does not show become plain text
         (chat/tool_text.py). Raises Refusal where there is none."""
@@ -166,6 +173,7 @@ def snapshot(row: ServedModel, granted_tenant_ids: Iterable[int] = (), variant: 
         n_slots=row.n_slots,
         n_threads=file.n_threads or row.n_threads,
         flash_attention=flash_attention,
+        n_lanes=row.n_lanes,
         n_gpu_layers=row.n_gpu_layers,
         kv_type=row.kv_type,
         context_shift=row.context_shift,
@@ -510,25 +518,30 @@ class MemoryEstimate:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
-def estimate_memory(metadata: Mapping[str, Any], *, n_ctx: int, n_slots: int, kv_type: str) -> MemoryEstimate:
-    """From the header alone: an upper bound for models with sliding windows or recurrent layers."""
+def estimate_memory(
+    metadata: Mapping[str, Any], *, n_ctx: int, n_slots: int, kv_type: str, n_lanes: int = 1
+) -> MemoryEstimate:
+    """From the header alone: an upper bound for models with sliding windows or recurrent layers. Lanes have only the
+    weights in common."""
     room = -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP * n_slots
     elements = metadata.get("kv_elements_per_token") or 0
     scores = (metadata.get("vocabulary_size") or 0) * 4
     return MemoryEstimate(
         weights_bytes=metadata.get("tensor_bytes") or 0,
-        kv_bytes=int(room * elements * KV_BYTES[kv_type]),
-        compute_bytes=scores * (COMPUTE_BATCH + n_slots),
+        kv_bytes=n_lanes * int(room * elements * KV_BYTES[kv_type]),
+        compute_bytes=n_lanes * scores * (COMPUTE_BATCH + n_slots),
     )
 
 
 def memory_of(row: ServedModel) -> MemoryEstimate:
     """Of a served model, and of the one that guesses for it."""
     file = row.active_variant or row
-    own = estimate_memory(file.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type)
+    own = estimate_memory(file.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type=row.kv_type, n_lanes=row.n_lanes)
     if row.draft_kind != ServedModel.DraftKind.MODEL or row.draft_model is None:
         return own
-    draft = estimate_memory(row.draft_model.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type="f16")
+    draft = estimate_memory(
+        row.draft_model.metadata, n_ctx=row.n_ctx, n_slots=row.n_slots, kv_type="f16", n_lanes=row.n_lanes
+    )
     return MemoryEstimate(
         weights_bytes=own.weights_bytes + draft.weights_bytes,
         kv_bytes=own.kv_bytes + draft.kv_bytes,

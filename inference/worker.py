@@ -23,7 +23,7 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 
 from accounts import redis_client, throttling
-from inference import adapters, doorbell, registry, worker_metrics
+from inference import adapters, doorbell, registry, slot_actions, worker_metrics
 from inference.completion_cache import CompletionCache
 from inference.engine.types import (
     Delta,
@@ -34,10 +34,21 @@ from inference.engine.types import (
     Receipt,
     TokenEvent,
 )
-from inference.hosted import UNAVAILABLE, HostedModel, LoadBackend, ReadAdapters, State, fingerprint, load_backend
+from inference.hosted import (
+    UNAVAILABLE,
+    HostedModel,
+    LoadBackend,
+    ReadAdapters,
+    State,
+    fingerprint,
+    load_backend,
+    slot_files,
+)
 from inference.queue import HEARTBEAT_TTL_SECONDS, Lease, Pulse, TicketQueue
 from inference.registry import Served
 from inference.settlement import Outcome, Settler, completion_of, outcome_of
+from inference.slot_desk import SlotDesk
+from inference.slot_files import scope_of
 from inference.stream import End, StreamWriter, encode_finished
 from inference.ticket import Ticket
 
@@ -46,6 +57,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_POOL = "default"
 BEAT_SECONDS = 0.5
 REGISTRY_SECONDS = 3.0
+SWEEP_SECONDS = 3600.0
+"""States of slots that are too old are removed this often."""
 STUCK_SECONDS = 30.0
 """Tickets wait and slots are free for so long: Celery's consumer has stopped, the process must be replaced."""
 LOST_LEASE_BEATS = 3
@@ -100,6 +113,7 @@ class WorkerHost:
         self._gone = threading.Event()
         self._has_news = threading.Event()
         self._settler = Settler(client)
+        self._slot_desk = SlotDesk(client, lambda model_id: self._models.get(model_id))
         self._writer = StreamWriter(client, on_end=self._on_end, on_fenced=self._cancel)
         self._engine_metrics = worker_metrics.EngineMetrics()
         self._unknown_leases: dict[str, int] = {}
@@ -143,6 +157,7 @@ class WorkerHost:
         if not self._writer.stop(2.0):
             logger.error("not every event could be written before the end")
         self._settler.stop(2.0)
+        self._slot_desk.close()
         self._gone.set()
         self._has_news.set()
         try:
@@ -237,7 +252,7 @@ class WorkerHost:
             stop=ticket.stop,
             deadline=time.monotonic() + ticket.deadline_at - now,
             adapters=ticket.adapters,
-            cache_scope=f"tenant {ticket.tenant_id}",
+            cache_scope=scope_of(ticket.tenant_id),
             cache_prompt=ticket.prefix_cache,
         )
         try:
@@ -303,14 +318,20 @@ class WorkerHost:
             live.model.cancel(request_id)
 
     def _listen(self) -> None:
-        """Cancels come by publish within milliseconds; those lost on the way come with the next beat."""
+        """Cancels come by publish within milliseconds; those lost on the way come with the next beat. Orders about
+        slots come here, too; who sent one that was lost hears of it."""
         while not self._gone.is_set():
             try:
                 with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
-                    pubsub.subscribe(f"cancel:{self.worker_id}")
+                    cancels, slots = f"cancel:{self.worker_id}", slot_actions.channel_of(self.worker_id)
+                    pubsub.subscribe(cancels, slots)
                     while not self._gone.is_set():
                         message = pubsub.get_message(timeout=1.0)
-                        if message is not None:
+                        if message is None:
+                            continue
+                        if message["channel"].decode() == slots:
+                            self._slot_desk.take(message["data"])
+                        else:
                             self._cancel(message["data"].decode())
             except redis.RedisError as error:
                 logger.warning("cancels come by heartbeat until Redis is back: %s", error)
@@ -387,8 +408,12 @@ class WorkerHost:
     # The registry
 
     def _follow_registry(self) -> None:
+        next_sweep = 0.0
         while not self._gone.wait(REGISTRY_SECONDS):
             try:
+                if time.monotonic() >= next_sweep:
+                    next_sweep = time.monotonic() + SWEEP_SECONDS
+                    slot_files().sweep()
                 self.follow_registry()
             except DatabaseError as error:
                 logger.warning("the registry could not be read: %s", error)

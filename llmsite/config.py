@@ -116,6 +116,20 @@ class Config(BaseSettings):
         le=30 * 86400,
         description="How long a completion is kept for identical requests; 0 switches the cache off.",
     )
+    slot_memory_mb: int = Field(
+        256,
+        ge=0,
+        le=1 << 20,
+        description="Memory of a loaded model for the states of slots that others took; 0: they are computed again.",
+    )
+    slot_disk_mb: int = Field(
+        512,
+        ge=0,
+        le=1 << 20,
+        description="Disk space of a tenant for states of slots, those that it saves and those that outlive an unload; "
+        "0: none are written.",
+    )
+    slot_days: int = Field(7, ge=1, le=365, description="How long a state of a slot stays on disk.")
     default_max_tokens: int = Field(
         512, ge=1, le=1 << 20, description="Output bound of a native request that names none."
     )

@@ -308,6 +308,14 @@ def look_at_redis() -> Iterator[Finding]:
         yield ok("redis", f"{version} answers")
 
 
+ABILITIES = {
+    "trim": "the prompt cache",
+    "copy": "copies of slots",
+    "shift": "context shift",
+    "save": "states of slots",
+}
+
+
 def look_at_workers() -> Iterator[Finding]:
     import redis
 
@@ -322,6 +330,9 @@ def look_at_workers() -> Iterator[Finding]:
         yield warning("workers", "none lives", "`make run` or `manage.py worker` starts one.")
     for worker in workers:
         yield ok("worker", f"{worker.worker_id} in pool {worker.pool}")
+        for model in worker.info.get("models", []):
+            for ability, reason in (model.get("cannot") or {}).items():
+                yield ok("model", f"{model['name']} is served without {ABILITIES.get(ability, ability)}: {reason}")
 
 
 def look_at_models() -> Iterator[Finding]:

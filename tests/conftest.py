@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from llmsite.config import Config
@@ -27,6 +28,9 @@ from llmsite.processes import probe
 from llmsite.processes import valkey as embedded_valkey
 
 pytest_plugins = ["tests.in_process"]
+# A machine that is busy is no defect.
+hypothesis.settings.register_profile("llmsite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("llmsite")
 
 REPOSITORY = Path(__file__).parent.parent
 STATE_DIR = Path(tempfile.mkdtemp(prefix="llmsite-test-"))

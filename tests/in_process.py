@@ -184,6 +184,24 @@ class InProcessSite:
             self.pump.submit(host.serve)
         return True
 
+    def ask(
+        self, customer: Any, prompt: tuple[int, ...], slot_id: int | None = None, *, wait: bool = True, **order: Any
+    ) -> dict[str, Any]:
+        """A request for one slot, past HTTP; its last event. Without waiting: its id alone."""
+        from accounts import redis_client
+        from inference.engine.types import Decoding, SamplingParams
+        from tests.inference import flow
+
+        order.setdefault("sampling", SamplingParams(temperature=0.0))
+        answer = flow.admitted(
+            flow.principal_of(customer, tokens_per_minute=None, concurrent_requests=None),
+            prompt=prompt,
+            decoding=Decoding(slot_id=slot_id),
+            **order,
+        )
+        request_id = answer.ticket.request_id
+        return flow.finish(redis_client.client(), request_id, 60.0) if wait else {"request_id": request_id}
+
     def num_running(self) -> int:
         return len(self.host._live) if self.host else 0
 

@@ -9,6 +9,7 @@ from rest_framework.routers import SimpleRouter
 
 from inference.api import health, metrics_view
 from inference.api.llamacpp import model_views as llama_models
+from inference.api.llamacpp import slot_views as llama_slots
 from inference.api.llamacpp import template_views as llama_templates
 from inference.api.llamacpp import views as llama
 from inference.api.native import account_views, views
@@ -50,6 +51,8 @@ urlpatterns = [
     path("apply-template", llama_templates.ApplyTemplateView.as_view(), name="apply-template"),
     path("detokenize", llama_models.DetokenizeView.as_view(), name="detokenize"),
     path("lora-adapters", llama_models.LoraAdaptersView.as_view(), name="lora-adapters"),
+    path("slots", llama_slots.SlotsView.as_view(), name="slots"),
+    re_path(r"^slots/(?P<id_slot>[^/]{1,64})$", llama_slots.SlotActionView.as_view(), name="slot-action"),
     path("props", llama_models.PropsView.as_view(), name="props"),
     # operator
     path("v1/admin/usage", operator.UsageView.as_view(), name="admin-usage"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from inference.bench import calls, children, counters, footprint, peer
+from inference.bench.environments import PeerUnavailable
 from inference.bench.figures import thin
 from inference.bench.load import NUMBER, LoadJob, run_load
 from inference.bench.site import GENERATE, Site, body
@@ -109,7 +110,7 @@ def run(options: Options, scratch: Path, say: Say) -> Study:
             try:
                 with peer.running(environment, scratch, upstream_port, num_workers=options.peer_workers) as litellm:
                     return _measure(options, site, litellm, upstream_port, notes, say)
-            except peer.PeerUnavailable as error:
+            except PeerUnavailable as error:
                 notes.append(f"LiteLLM was not measured: {error}")
             return _measure(options, site, None, upstream_port, notes, say)
 
@@ -120,7 +121,7 @@ def _peer_environment(options: Options, notes: list[str], say: Say) -> Path | No
         return None
     try:
         return peer.install(say)
-    except peer.PeerUnavailable as error:
+    except PeerUnavailable as error:
         notes.append(f"LiteLLM was not measured: {error}")
         return None
 

@@ -5,33 +5,22 @@ It lives in an environment of its own under build/, made from requirements/bench
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
-import shutil
-import subprocess
-import sys
-import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inference.bench import children, upstream
+from inference.bench import children, environments, upstream
+from inference.bench.environments import PeerUnavailable
 
-ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = ROOT / "requirements" / "bench.txt"
-ENVIRONMENT = ROOT / "build" / "bench" / "litellm"
-INSTALL_SECONDS = 900
+REQUIREMENTS = environments.ROOT / "requirements" / "bench.txt"
+ENVIRONMENT = environments.HOME / "litellm"
 START_SECONDS = 120
 PATH = "/v1/chat/completions"
-MARK = "installed.txt"
 
 Say = Callable[[str], None]
-
-
-class PeerUnavailable(Exception):
-    """LiteLLM cannot be installed or started here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,45 +36,8 @@ class Peer:
 
 
 def install(say: Say, environment: Path = ENVIRONMENT, requirements: Path = REQUIREMENTS) -> Path:
-    """The environment's folder, made or renewed if the lock file or the interpreter changed. Raises PeerUnavailable."""
-    mark = environment / MARK
-    if mark.exists() and mark.read_text() == _wanted(requirements):
-        return environment
-    if environment.exists():
-        shutil.rmtree(environment)
-    say("installing LiteLLM into an environment of its own (once, about a minute, 750 MB)")
-    venv.create(environment, with_pip=True)
-    command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--require-hashes", "--no-input"]
-    _pip([*command, "--progress-bar", "off", "-r", str(requirements)], environment / "install.log", say)
-    mark_installed(environment, requirements)
-    return environment
-
-
-def mark_installed(environment: Path, requirements: Path) -> None:
-    """Note what the environment holds: the next run compares it with the lock file."""
-    (environment / MARK).write_text(_wanted(requirements))
-
-
-def _wanted(requirements: Path) -> str:
-    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    return f"{hashlib.sha256(requirements.read_bytes()).hexdigest()} {python}"
-
-
-def _pip(command: list[str], log: Path, say: Say) -> None:
-    """Run pip, saying each package it takes on."""
-    with log.open("w") as record:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        num_packages = 0
-        for line in process.stdout:
-            record.write(line)
-            if line.startswith("Collecting "):
-                num_packages += 1
-                if num_packages % 20 == 0:
-                    say(f"{num_packages} packages, at {line.split()[1]}")
-        status = process.wait(INSTALL_SECONDS)
-    if status != 0:
-        raise PeerUnavailable(f"pip ended with {status}:\n{children.tail(log)}")
+    """The environment's folder, made on first use (about a minute, 750 MB). Raises PeerUnavailable."""
+    return environments.make(environment, requirements, "LiteLLM (about a minute, 750 MB)", say)
 
 
 def config(upstream_port: int) -> str:
@@ -99,14 +51,6 @@ def config(upstream_port: int) -> str:
         },
     }
     return json.dumps({"model_list": [model], "litellm_settings": {"telemetry": False}}, indent=1)
-
-
-def version(environment: Path) -> str:
-    """The installed version, read from its metadata."""
-    found = sorted(environment.glob("lib/python*/site-packages/litellm-*.dist-info"))
-    if not found:
-        raise PeerUnavailable(f"LiteLLM is not in {environment.name}")
-    return found[0].name.removeprefix("litellm-").removesuffix(".dist-info")
 
 
 @contextmanager
@@ -139,7 +83,7 @@ def running(environment: Path, scratch: Path, upstream_port: int, *, num_workers
             port=port,
             pid=process.pid,
             master_key=master_key,
-            version=version(environment),
+            version=environments.version(environment, "litellm"),
             command=shown,
             start_seconds=seconds,
         )

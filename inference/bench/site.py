@@ -20,6 +20,8 @@ from llmsite.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
+START_SECONDS_A_MODEL = 60
+"""A model of the file is inspected, tried in a child and loaded."""
 GENERATE = "/v1/generate"
 LIMITS = {
     "requests_per_minute": 10_000_000,
@@ -55,8 +57,11 @@ class Site:
 
 
 @contextmanager
-def running(scratch: Path, *, engine: str) -> Iterator[Site]:
-    """llmsite for as long as the block lasts. Raises children.NotStarted and calls.CallRefused."""
+def running(scratch: Path, *, engine: str, models_yaml: Path | None = None, num_models: int = 0) -> Iterator[Site]:
+    """llmsite for as long as the block lasts, with the models of a file if one is named.
+
+    Raises children.NotStarted and calls.CallRefused.
+    """
     port = children.free_port()
     state = scratch / "state"
     env = {
@@ -67,13 +72,15 @@ def running(scratch: Path, *, engine: str) -> Iterator[Site]:
         "DATABASE_URL": "",
         "REDIS_URL": "",
     }
+    if models_yaml:
+        env["MODELS_YAML"] = str(models_yaml)
     log = scratch / "llmsite.log"
     with children.child([sys.executable, "manage.py", "up", "--demo"], log, env=env, cwd=ROOT) as process:
         seconds = children.wait_until(
             lambda: (state / "demo.json").exists() and children.answers_200(port, "/readyz"),
             process,
             log,
-            seconds=START_SECONDS,
+            seconds=START_SECONDS + num_models * START_SECONDS_A_MODEL,
             what="llmsite",
         )
         demo = json.loads((state / "demo.json").read_text())

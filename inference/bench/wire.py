@@ -54,8 +54,8 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return not self._lost
 
-    async def send(self, request: bytes, marker: bytes = b"") -> Answer:
-        """Write the request and wait for the whole answer."""
+    async def send(self, request: bytes, marker: bytes = b"", limit_seconds: float = READ_TIMEOUT_SECONDS) -> Answer:
+        """Write the request and wait for the whole answer, limit_seconds at most."""
         if self._transport is None or self._lost:
             raise ConnectionError("the connection is closed")
         self._parser = httptools.HttpResponseParser(self)
@@ -66,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._started = time.perf_counter()
         self._transport.write(request)
         try:
-            async with asyncio.timeout(READ_TIMEOUT_SECONDS):
+            async with asyncio.timeout(limit_seconds):
                 return await self._waiting
         finally:
             self._waiting = None

@@ -99,6 +99,23 @@ class Backend(Protocol):
     def cost(self) -> CostCurve: ...
 
     @property
+    def n_threads(self) -> int:
+        """Threads that computed the cost curve, and compute until set_threads says otherwise."""
+        ...
+
+    def set_threads(self, number: int) -> None:
+        """Compute the next steps with so many threads, at least 1. Between steps."""
+        ...
+
+    def sibling(self) -> Backend:
+        """Another backend on the same loaded model, with slots of its own, for another engine; nothing here changes.
+
+        It sees the adapters that are loaded in either. Each is freed on its own. Raises EngineError
+        "model_does_not_fit".
+        """
+        ...
+
+    @property
     def supports_adapters(self) -> bool: ...
 
     @property
@@ -142,6 +159,10 @@ class Backend(Protocol):
 
     def restore(self, slot_id: int, state: bytes) -> None:
         """Let the slot hold what was saved, and nothing else. Raises EngineError "state_invalid"; it is empty then."""
+        ...
+
+    def trim(self, slot_id: int, num_tokens: int) -> None:
+        """Forget all but the first num_tokens that the slot holds."""
         ...
 
     def erase(self, slot_id: int) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 PROBE_TOKENS = (1, 2, 4, 8, 16, 64, 256)
 """Steps worth measuring; the last two are reached only where they are cheap, as on a GPU."""
+LEAST_POINTS, LEAST_POINTS_SECONDS = 4, 4.0
+"""On a machine that is busy just then a single point would say that every token costs a whole step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,15 @@ def measure(
     """Time step(n) for each n of probe up to most, twice each, and keep the faster run.
 
     The first step pays for reading the weights and is thrown away. Measuring ends before the first n that is
-    expected to overrun the budget; at least one point is always measured.
+    expected to overrun the budget, the larger one as long as there are few points; at least one is measured.
     """
     started = clock()
     step(1)
     points: list[tuple[int, float]] = []
     for num_tokens in probe:
         expected = 2 * CostCurve(tuple(points)).seconds(num_tokens)
-        if num_tokens > most or (points and clock() - started + expected > budget_seconds):
+        budget = budget_seconds if len(points) >= LEAST_POINTS else LEAST_POINTS_SECONDS
+        if num_tokens > most or (points and clock() - started + expected > budget):
             break
         points.append((num_tokens, min(_timed(step, num_tokens, clock) for _ in range(2))))
     return CostCurve(_rising(points))

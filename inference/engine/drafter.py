@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from inference.engine.drafting import MAX_DRAFT, Acceptance, Draftable, DraftPolicy, DraftSettings, DraftTerms
+from inference.engine.drafting import (
+    MAX_DRAFT,
+    UNSEEN_CHANCE,
+    UNTRIED_CHANCE,
+    Acceptance,
+    Draftable,
+    DraftPolicy,
+    DraftSettings,
+    DraftTerms,
+)
 from inference.engine.sequence import Sequence
 from inference.engine.speculative import Ask, Proposer
 from inference.engine.types import AdapterVector, Speculation
@@ -50,6 +59,7 @@ class Drafter:
         self._live: dict[str, _Drafting] = {}
         self._acceptance: dict[AdapterVector, Acceptance] = {}
         self._probe_seconds = FIRST_PROBE_SECONDS
+        self._first_chances = (UNTRIED_CHANCE if proposer.is_free else UNSEEN_CHANCE,) * MAX_DRAFT
 
     def open(self, sequence: Sequence, slot_id: int, num_kept: int) -> None:
         """The sequence sits in this slot, which holds num_kept of its tokens from the one before it."""
@@ -58,6 +68,10 @@ class Drafter:
         if bounds.num_max > 0:
             acceptance = self._of(sequence.adapters).copy()
             self._live[sequence.request_id] = _Drafting(bounds, acceptance)
+
+    def forget(self, slot_id: int) -> None:
+        """What is in this slot is none of what its last sequence left there."""
+        self._proposer.open(slot_id, 0)
 
     def close(self, request_id: str) -> None:
         self._live.pop(request_id, None)
@@ -78,7 +92,7 @@ class Drafter:
             if len(self._acceptance) >= MAX_VECTORS:
                 del self._acceptance[next(iter(self._acceptance))]
             base = self._acceptance.get(())
-            self._acceptance[adapters] = base.copy() if base else Acceptance()
+            self._acceptance[adapters] = base.copy() if base else Acceptance(self._first_chances)
         return self._acceptance[adapters]
 
     def offers(self, running: Iterable[Sequence]) -> dict[str, Draftable]:
@@ -100,6 +114,7 @@ class Drafter:
                 most,
                 live.acceptance.chances,
                 self._proposer.num_behind(sequence.slot_id or 0, len(sequence.tokens)),
+                sequence.request.max_tokens - sequence.num_completion,
             )
             for sequence, live, most in wanting
             if most >= live.bounds.num_min

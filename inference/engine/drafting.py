@@ -18,6 +18,10 @@ WEIGHT = 0.125
 """How much the latest guess at a position counts for its chance."""
 UNSEEN_CHANCE = 0.7
 """The chance of a guess before any was seen: high enough that drafts are tried where they may pay."""
+UNTRIED_CHANCE = 0.5
+"""The same where guesses cost nothing: they are seen to come true or not without being verified."""
+READING_SHARE = 0.25
+"""Of the time that the rest of an answer may take, what a draft model may spend on reading the text before it."""
 PAYS = 1.03
 """Drafts must promise so many times the tokens a second of a step without: the cost curve is a measurement."""
 
@@ -44,13 +48,14 @@ class Draftable:
     """What a decoding sequence could have guessed: nothing, or num_min to num_max tokens.
 
     chances: of each position, that its guess is right where those before it are. num_behind: tokens that must be
-    computed before the first guess can be made.
+    computed before the first guess can be made. num_left: tokens that the answer may still have.
     """
 
     num_min: int
     num_max: int
     chances: tuple[float, ...]
     num_behind: int = 0
+    num_left: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +113,7 @@ def lengths(
     room = min(room, terms.most)
     if terms.policy is DraftPolicy.ALWAYS:
         return DraftLengths(_shared(wanted, room))
+    wanted = {request_id: each for request_id, each in wanted.items() if _is_worth_reading(each, terms, cost)}
     planned = _paying(wanted, terms, cost, num_useful, room)
     if terms.probe_seconds > 0:
         return _probed(planned, wanted, terms, cost, num_useful, room, turn)
@@ -124,6 +130,11 @@ def _shared(wanted: Mapping[str, Draftable], room: int) -> dict[str, int]:
             planned[request_id] = length
             room -= length
     return planned
+
+
+def _is_worth_reading(each: Draftable, terms: DraftTerms, cost: CostCurve) -> bool:
+    """Whether the text that must be read before the first guess is short beside the answer that may come."""
+    return terms.guessing.seconds(each.num_behind) <= READING_SHARE * each.num_left * cost.seconds(1)
 
 
 @dataclass(frozen=True, slots=True)

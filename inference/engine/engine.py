@@ -11,19 +11,22 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from inference.engine import sampling
+from inference.engine import sampling, seating
 from inference.engine.backend import Backend, Chosen, SlotWork
 from inference.engine.drafter import Drafter
 from inference.engine.drafting import DraftSettings, DraftTerms
 from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
-from inference.engine.prefix import common_prefix
+from inference.engine.prefix import Held, common_prefix
 from inference.engine.scheduler import schedule
 from inference.engine.sequence import Sequence
-from inference.engine.slots import SlotTable
+from inference.engine.slot_keeper import SlotKeeper, SlotState
+from inference.engine.slots import SlotName, SlotTable
 from inference.engine.speculative import Proposer
+from inference.engine.state_store import StateStore, StoredState
 from inference.engine.stats import Counters, EngineStats
 from inference.engine.types import (
     AdapterVector,
@@ -32,6 +35,7 @@ from inference.engine.types import (
     Finished,
     FinishReason,
     GenerationRequest,
+    SlotReport,
     Started,
     TokenEvent,
     effective,
@@ -41,7 +45,6 @@ STEP_SECONDS = 0.1
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
 
 NO_DRAFTS = DraftTerms()
-
 DRIFT_WEIGHT = 0.2
 """How much the latest step counts for how far reality is from the measured cost curve."""
 
@@ -54,7 +57,8 @@ class Engine:
     """The live sequences of one backend, in order of arrival.
 
     clock: monotonic seconds. draw_seed: seeds for requests that bring none. proposer: who guesses tokens, on the terms
-    of draft_settings; None is nobody. It is freed with the backend.
+    of draft_settings; None is nobody. It is freed with the backend. state_bytes: room for the states of slots that
+    others took.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         draw_seed: Callable[[], int] = draw_seed,
         step_seconds: float = STEP_SECONDS,
+        state_bytes: int = 0,
         proposer: Proposer | None = None,
         draft_settings: DraftSettings | None = None,
     ) -> None:
@@ -84,6 +89,7 @@ class Engine:
         self._counters = Counters()
         self._events: list[TokenEvent] = []
         self._num_held_back = 0
+        self._keeper = SlotKeeper(backend, self._slots, StateStore(state_bytes), clock=clock)
 
     @property
     def _can_reuse(self) -> bool:
@@ -92,6 +98,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._running) + len(self._waiting)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that this engine could never serve. Reads constants only, so any thread may call it.
@@ -151,7 +161,66 @@ class Engine:
                 self._drafter.close(sequence.request_id)
         self._running.clear()
         self._waiting.clear()
-        self._slots = SlotTable(self._backend.n_slots)
+        self._slots.clear()
+
+    # slots, by the numbers of a scope
+
+    def slots(self) -> list[SlotReport]:
+        """Every slot that is busy or holds something."""
+        serving = {each.slot_id: each for each in self._running.values()}
+        return [
+            _report(slot_id, name, serving.get(slot_id), self._slots.held.get(slot_id))
+            for slot_id, name in sorted(self._slots.names.items())
+        ]
+
+    def check_slot(self, number: int) -> None:
+        """Raises EngineError "invalid_request", or "not_supported" where this memory cannot be saved."""
+        if not 0 <= number < self._backend.n_slots:
+            raise EngineError("invalid_request", f"there is no slot {number} of {self._backend.n_slots}")
+        if not (self._backend.abilities.save and self._backend.abilities.trim):
+            reasons = self._backend.abilities.reasons
+            raise EngineError("not_supported", reasons.get("save") or reasons.get("trim") or "slots cannot be saved")
+
+    def is_slot_busy(self, name: SlotName) -> bool:
+        """Whether a request of the scope runs in its slot of this number."""
+        slot_id = self._slots.find(name)
+        return slot_id is not None and self._slots.owner(slot_id) is not None
+
+    def can_restore_slot(self, name: SlotName) -> bool:
+        return not self.is_slot_busy(name) and bool(self._slots.free)
+
+    def save_slot(self, name: SlotName) -> SlotState:
+        """What a slot that is not busy holds."""
+        return self._keeper.save(name)
+
+    def restore_slot(self, name: SlotName, saved: SlotState) -> None:
+        """Put a saved state into the scope's slot, in the place of what that held; or into another, as if a request
+        came for it. Raises EngineError "state_invalid"; the scope's slot is empty then."""
+        scope, number = name
+        candidate = Candidate("", 1, adapters=saved.adapters, scope=scope, number=number)
+        (chosen,) = seating.seat(replace(self._view(), waiting=(candidate,)))[0]
+        self._keeper.make_room(chosen.slot_id)
+        if self._drafter:
+            self._drafter.forget(chosen.slot_id)
+        self._keeper.restore(chosen.slot_id, name, saved, self._counters.num_steps)
+
+    def erase_slot(self, name: SlotName) -> int:
+        """Forget what a slot that is not busy holds, stored states of its kind included; how many tokens that were."""
+        return self._keeper.erase(name)
+
+    def forget_states(self, scope: str) -> None:
+        """Forget everything that is stored of a scope; what slots hold stays."""
+        self._keeper.forget_states(scope)
+
+    def put_back(self, states: Iterable[StoredState]) -> None:
+        """Take in states that an earlier backend of the same model and options gave with all_states()."""
+        self._keeper.put_back(states)
+
+    def all_states(self) -> Iterator[StoredState]:
+        """What is worth keeping until the next load, latest use first. The backend must be sound."""
+        return self._keeper.all_states()
+
+    # adapters
 
     def load_adapter(self, digest: str, path: str | Path) -> None:
         """Load an adapter, between steps. One that is loaded already stays. Raises what Backend.load_adapter does."""
@@ -167,6 +236,24 @@ class Engine:
             raise EngineError("adapter_in_use", f"a live sequence uses adapter {digest}")
         if digest in self._backend.adapters:
             self._backend.unload_adapter(digest)
+
+    def num_known(self, request: GenerationRequest) -> int:
+        """How many first tokens of this prompt are computed here already, or being computed. Any thread; a guess."""
+        if request.cache_scope is None or not request.cache_prompt or not self._can_reuse:
+            return 0
+        key, prompt = (request.cache_scope, effective(request.adapters)), list(request.prompt[:-1])
+        held = (each.tokens for each in tuple(self._slots.held.values()) if each.key == key)
+        live = (
+            each.request.prompt for each in (*self._running.values(), *self._waiting.values()) if each.cache_key == key
+        )
+        known = max((common_prefix(prompt, list(tokens)) for tokens in (*held, *live)), default=0)
+        return max(known, self._keeper.num_found(key, prompt))
+
+    def share_threads(self, number: int, *, before: int) -> None:
+        """Compute with so many threads from the next step on. Until steps are measured, half as many take twice as
+        long."""
+        self._backend.set_threads(number)
+        self._drift *= before / number
 
     @property
     def adapters(self) -> frozenset[str]:
@@ -186,7 +273,7 @@ class Engine:
         plan = schedule(self._view())
         self._seat(plan.seats)
         if work := self._start(plan, now):
-            executed = self._clock() if plan.num_drafted else now
+            executed = self._clock() if plan.num_drafted else now  # the cost curve knows nothing of guessing
             outputs = self._backend.execute(list(work.values()), plan.adapters)
             self._take_turn(plan.adapters, self._clock() - now)
             self._commit(work, outputs, started=now, executed=executed)
@@ -266,7 +353,7 @@ class Engine:
                 yield sequence.candidate(number=wanted)
                 continue
             shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
-            yield sequence.candidate(self._prefixes(sequence), shared, wanted)
+            yield sequence.candidate(self._prefixes(sequence), shared, wanted, self._keeper.num_stored(sequence))
             before.append(sequence)
 
     def _held_back(self) -> frozenset[str]:
@@ -315,21 +402,31 @@ class Engine:
         for seat in seats:
             sequence = self._waiting.pop(seat.request_id)
             request = sequence.request
+            num_cached = self._fill(sequence, seat)
             self._slots.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
             sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
             self._running[seat.request_id] = sequence
-            if seat.copy_from is not None:
-                self._backend.copy(seat.copy_from, seat.slot_id)
             try:
-                self._backend.open(seat.slot_id, request.prompt, request.sampling, sequence.seed, seat.num_cached)
+                self._backend.open(seat.slot_id, request.prompt, request.sampling, sequence.seed, num_cached)
             except EngineError as error:
                 self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
             else:
                 if self._drafter:
-                    num_kept = seat.num_cached if seat.copy_from is None else 0
-                    self._drafter.open(sequence, seat.slot_id, num_kept)
-                sequence.reuse(seat.num_cached)
-                self._counters.cached_tokens_total += seat.num_cached
+                    in_place = seat.copy_from is None and not seat.is_restored
+                    self._drafter.open(sequence, seat.slot_id, num_cached if in_place else 0)
+                sequence.reuse(num_cached)
+                self._counters.cached_tokens_total += num_cached
+
+    def _fill(self, sequence: Sequence, seat: Seat) -> int:
+        """Let the slot hold the beginning of the prompt that the plan found; how many tokens that are. What the slot
+        held until now is stored, if that is worth it."""
+        in_place = seat.copy_from is None and not seat.is_restored
+        self._keeper.make_room(seat.slot_id, seat.num_cached if in_place else 0)
+        if seat.is_restored:
+            return self._keeper.restore_for(sequence, seat.slot_id)
+        if seat.copy_from is not None:
+            self._backend.copy(seat.copy_from, seat.slot_id)
+        return seat.num_cached
 
     def _start(self, plan: StepPlan, now: float) -> dict[str, SlotWork]:
         """The plan as work for the backend, by request id and in order of slots; announces who is in a first step."""
@@ -361,7 +458,7 @@ class Engine:
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
             if part.num_drafted:
-                num_accepted = max(0, len(chosen.tokens) - 1)
+                num_accepted = max(len(chosen.tokens) - 1, 0)  # none was chosen where choosing failed
                 sequence.count_draft(part.num_drafted, num_accepted)
                 self._counters.count_draft(part.num_drafted, num_accepted)
             if chosen.tokens:
@@ -468,3 +565,22 @@ class Engine:
             held = sequence.held(self._counters.num_steps)
             self._slots.give_back(sequence.slot_id, sequence.request_id, held)
             self._backend.close(sequence.slot_id)
+
+
+def _report(slot_id: int, name: SlotName, sequence: Sequence | None, held: Held | None) -> SlotReport:
+    scope, number = name
+    if sequence is None:
+        return SlotReport(slot_id, scope, number, num_held=len(held.tokens) if held else 0)
+    num_prompt = len(sequence.request.prompt)
+    return SlotReport(
+        slot_id,
+        scope,
+        number,
+        request_id=sequence.request_id,
+        num_held=sequence.num_computed,
+        num_prompt=num_prompt,
+        num_cached=sequence.cached_tokens,
+        num_processed=min(sequence.num_computed, num_prompt) - sequence.cached_tokens,
+        num_decoded=sequence.num_completion,
+        num_remaining=sequence.request.max_tokens - sequence.num_completion,
+    )

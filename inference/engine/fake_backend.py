@@ -7,6 +7,7 @@ neighbours. Token ids of any vocabulary are accepted as a prompt; answers are ma
 from __future__ import annotations
 
 import ast
+import copy
 import time
 import zlib
 from array import array
@@ -63,7 +64,7 @@ def _certain(tokens: Sequence[int], num_probs: int) -> tuple[TokenProbs, ...]:
 class FakeBackend:
     """Implements Backend, and checks what it is told about slots: ValueError where tokens would not be what they must.
 
-    A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep.
+    A step takes seconds_per_step + seconds_per_token * tokens, spent in sleep; with half of n_threads, twice as long.
 
     answer: what is generated. answer_tokens: after so many tokens the answer ends, never if None.
     supports_adapters: load adapters, of any existing file that is not empty; a vector changes the seed of the answer.
@@ -86,6 +87,7 @@ class FakeBackend:
         abilities: Abilities | None = None,
         adds_bos: bool = False,
         max_draft_tokens: int = 256,
+        n_threads: int = 1,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.n_slots = n_slots
@@ -105,16 +107,30 @@ class FakeBackend:
         self.abilities = abilities or Abilities()
         self.adds_bos = adds_bos
         self.max_draft_tokens = max_draft_tokens
-        self.adapters: frozenset[str] = frozenset()
+        self.n_threads = self.threads_now = n_threads
+        self._loaded: set[str] = set()
+
+    def sibling(self) -> FakeBackend:
+        backend = copy.copy(self)
+        backend._open, backend._held, backend._attached = {}, {}, ()
+        backend.threads_now = self.n_threads
+        return backend
+
+    def set_threads(self, number: int) -> None:
+        self.threads_now = number
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        return frozenset(self._loaded)
 
     def load_adapter(self, digest: str, path: str | Path) -> None:
         path = Path(path)
         if not path.is_file() or path.stat().st_size == 0:
             raise EngineError("adapter_file_invalid", f"{path} is no adapter")
-        self.adapters |= {digest}
+        self._loaded.add(digest)
 
     def unload_adapter(self, digest: str) -> None:
-        self.adapters -= {digest}
+        self._loaded.discard(digest)
 
     def open(
         self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
@@ -143,7 +159,7 @@ class FakeBackend:
             self._attached = adapters
             seconds += self._seconds_per_switch
         if seconds > 0:
-            self._sleep(seconds)
+            self._sleep(seconds * self.n_threads / self.threads_now)
         for part in work:
             self._hold(part, adapters)
         return [self._choose(part, adapters) if part.samples else NOTHING for part in work]
@@ -189,6 +205,12 @@ class FakeBackend:
             self._held[slot_id] = ast.literal_eval(state.decode())
         except (ValueError, SyntaxError) as error:
             raise EngineError("state_invalid", "these bytes are no state") from error
+
+    def trim(self, slot_id: int, num_tokens: int) -> None:
+        held = self._held[slot_id]
+        if len(held) < num_tokens:
+            raise ValueError(f"slot {slot_id} holds {len(held)} tokens, not {num_tokens}")
+        del held[num_tokens:]
 
     def erase(self, slot_id: int) -> None:
         self._held.pop(slot_id, None)

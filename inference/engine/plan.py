@@ -25,7 +25,8 @@ class Candidate:
 
     Of waiting ones also, all under the same cache key, prefixes: how many of its first tokens, never all, a slot has
     computed; shared: how many it has in common with another request's prompt that is computed now or waits before it;
-    scope: whose it is; number: the slot of that scope which it waits for, None for any.
+    scope: whose it is; number: the slot of that scope which it waits for, None for any; stored: how many of its first
+    tokens can be restored into any slot.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Candidate:
     shared: Mapping[str, int] = field(default_factory=dict)
     scope: str | None = None
     number: int | None = None
+    stored: int = 0
 
     def after_reuse(self, num_cached: int) -> Candidate:
         """The same once it sits in a slot that has its first num_cached tokens."""
@@ -91,13 +93,14 @@ class ScheduleView:
 class Seat:
     """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from.
 
-    number: what the request's scope calls the slot from now on.
+    is_restored: these tokens come from the store. number: what the request's scope calls the slot from now on.
     """
 
     request_id: str
     slot_id: int
     num_cached: int = 0
     copy_from: int | None = None
+    is_restored: bool = False
     number: int = field(default=0, compare=False)
 
 

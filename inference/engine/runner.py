@@ -9,16 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from inference.engine.backend import Backend
 from inference.engine.drafting import DraftSettings
 from inference.engine.engine import Engine, draw_seed
+from inference.engine.slot_keeper import SlotState
+from inference.engine.slots import SlotName
 from inference.engine.speculative import Proposer
+from inference.engine.state_store import StoredState
 from inference.engine.stats import EngineStats
-from inference.engine.types import EngineError, EventSink, Finished, GenerationRequest, TokenEvent
+from inference.engine.types import EngineError, EventSink, Finished, GenerationRequest, SlotReport, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +30,32 @@ STOPPING = "worker_stopping"
 CRASHED = "engine_crashed"
 
 
-class _Errand:
-    """Something to do on the engine's thread between two steps, for a thread that waits."""
+Outcome = TypeVar("Outcome")
 
-    def __init__(self, action: Callable[[], None]) -> None:
+
+class _Errand(Generic[Outcome]):
+    """Something to do on the engine's thread between two steps, once it can be done, for a thread that waits."""
+
+    def __init__(self, action: Callable[[], Outcome], can_run: Callable[[], bool] = lambda: True) -> None:
         self._action = action
-        self.result: Future[None] = Future()
+        self._can_run = can_run
+        self.result: Future[Outcome] = Future()
 
-    def run(self) -> None:
-        """An EngineError is the caller's; anything else is a broken backend, for both."""
+    def run(self) -> bool:
+        """False: not yet. An EngineError is the caller's; anything else is a broken backend, for both."""
+        if not self._can_run():
+            return self.result.cancelled()
+        if not self.result.set_running_or_notify_cancel():
+            return True
         try:
-            self._action()
+            outcome = self._action()
         except BaseException as error:
             self.result.set_exception(error)
             if not isinstance(error, EngineError):
                 raise
         else:
-            self.result.set_result(None)
+            self.result.set_result(outcome)
+        return True
 
 
 class EngineRunner:
@@ -51,6 +64,8 @@ class EngineRunner:
     sink is called on that thread, once per step with all events of the step. on_crash is called there after an
     exception of the backend or the sink: by then every live sequence has got its Finished(ERROR), and no request is
     taken any more. max_waiting bounds the requests that have no slot yet. proposer, draft_settings: see Engine.
+    state_bytes: room for states of slots that others took; states: of an earlier life, to begin with; keep_states: is
+    given them all at an orderly end.
     """
 
     def __init__(
@@ -64,10 +79,20 @@ class EngineRunner:
         draw_seed: Callable[[], int] = draw_seed,
         proposer: Proposer | None = None,
         draft_settings: DraftSettings | None = None,
+        state_bytes: int = 0,
+        states: Iterable[StoredState] = (),
+        keep_states: Callable[[Iterator[StoredState]], None] | None = None,
     ) -> None:
         self._engine = Engine(
-            backend, clock=clock, draw_seed=draw_seed, proposer=proposer, draft_settings=draft_settings
+            backend,
+            clock=clock,
+            draw_seed=draw_seed,
+            proposer=proposer,
+            draft_settings=draft_settings,
+            state_bytes=state_bytes,
         )
+        self._engine.put_back(states)
+        self._keep_states = keep_states
         self._sink = sink
         self._clock = clock
         self._max_live = backend.n_slots + max_waiting
@@ -78,9 +103,9 @@ class EngineRunner:
         self._live: set[str] = set()
         self._inbox: list[tuple[GenerationRequest, float]] = []
         self._cancels: list[str] = []
-        self._errands: list[_Errand] = []
+        self._errands: list[_Errand[Any]] = []
         self._is_taking = True
-        self._is_stopping = False
+        self._end_with: str | None = None
         self._is_closed = False
 
     def start(self) -> None:
@@ -127,14 +152,57 @@ class EngineRunner:
         """Digests of the loaded adapters. Any thread."""
         return self._engine.adapters
 
-    def _do(self, action: Callable[[], None]) -> None:
-        errand = _Errand(action)
+    def slots(self) -> list[SlotReport]:
+        """Every slot that is busy or holds something. Raises EngineError "engine_stopped"."""
+        return self._do(self._engine.slots)
+
+    def save_slot(self, name: SlotName, seconds: float) -> SlotState:
+        """What a scope's slot holds, once no request runs in it; seconds is how long to wait for that.
+
+        Raises EngineError "slot_busy", "invalid_request", "not_supported" or "engine_stopped".
+        """
+        return self._do_with_slot(name, lambda: self._engine.save_slot(name), self._is_idle(name), seconds)
+
+    def restore_slot(self, name: SlotName, saved: SlotState, seconds: float) -> None:
+        """Let a scope's slot hold a saved state. Raises as save_slot, and "state_invalid"; the slot is empty then."""
+
+        def can_restore() -> bool:
+            return self._engine.can_restore_slot(name)
+
+        self._do_with_slot(name, lambda: self._engine.restore_slot(name, saved), can_restore, seconds)
+
+    def erase_slot(self, name: SlotName, seconds: float) -> int:
+        """Forget what a scope's slot holds; how many tokens that were. Raises as save_slot."""
+        return self._do_with_slot(name, lambda: self._engine.erase_slot(name), self._is_idle(name), seconds)
+
+    def forget_states(self, scope: str) -> None:
+        """Forget what had to leave the scope's slots and is stored. Raises EngineError "engine_stopped"."""
+        self._do(lambda: self._engine.forget_states(scope))
+
+    def _is_idle(self, name: SlotName) -> Callable[[], bool]:
+        return lambda: not self._engine.is_slot_busy(name)
+
+    def _do_with_slot(
+        self, name: SlotName, action: Callable[[], Outcome], can_run: Callable[[], bool], seconds: float
+    ) -> Outcome:
+        self._engine.check_slot(name[1])
+        return self._do(action, can_run, seconds)
+
+    def _do(
+        self, action: Callable[[], Outcome], can_run: Callable[[], bool] = lambda: True, seconds: float | None = None
+    ) -> Outcome:
+        errand = _Errand(action, can_run)
         with self._changed:
             if self._is_closed:
                 raise EngineError("engine_stopped", "the engine has stopped")
             self._errands.append(errand)
             self._changed.notify_all()
-        errand.result.result()
+        try:
+            return errand.result.result(seconds)
+        except TimeoutError:
+            if errand.result.cancel():
+                raise EngineError("slot_busy", "a request still runs in this slot") from None
+            return errand.result.result()
 
     def stats(self) -> EngineStats:
         """A snapshot. Any thread."""
@@ -146,40 +214,47 @@ class EngineRunner:
             self._is_taking = False
             return self._changed.wait_for(lambda: not self._live, timeout=max(0.0, seconds))
 
-    def stop(self) -> None:
-        """End what is live with Finished(ERROR, "worker_stopping"), join the thread, free the backend. Idempotent."""
+    def stop(self, error: str = STOPPING) -> None:
+        """End what is live with Finished(ERROR, error), join the thread, free the backend. Idempotent."""
         with self._changed:
             self._is_taking = False
-            self._is_stopping = True
+            self._end_with = self._end_with or error
             self._changed.notify_all()
         if self._thread.ident is None:
-            self._close(STOPPING)
+            self._close(error)
         elif self._thread is not threading.current_thread():
             self._thread.join()
 
     # on the engine's thread
 
     def _run(self) -> None:
-        error = STOPPING
         crash: BaseException | None = None
         try:
-            while self._take_inbox():
-                self._engine.step()
+            while self._wait_for_work():
+                self._advance()
                 self._deliver()
         except BaseException as exception:  # the thread's border: whatever it was, every sequence must end
             logger.critical("the engine has crashed", exc_info=exception)
-            error, crash = CRASHED, exception
-        self._close(error)
+            crash = exception
+        self._close(CRASHED if crash is not None else self._end_with or STOPPING)
         if crash is not None:
             self._report(crash)
 
-    def _take_inbox(self) -> bool:
-        """Sleep until there is something to do, then hand new requests and cancels to the engine. False: stop."""
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do. False: stop."""
         with self._changed:
-            while not (self._inbox or self._cancels or self._errands or self._engine.has_work or self._is_stopping):
+            while not (self._inbox or self._cancels or self._errands or self._engine.has_work or self._end_with):
                 self._changed.wait()
-            if self._is_stopping:
-                return False
+            return not self._end_with
+
+    def _advance(self) -> None:
+        """What has come in goes to the engine, then it makes a step."""
+        self._take_inbox()
+        self._engine.step()
+
+    def _take_inbox(self) -> None:
+        """Hand new requests and cancels to the engine, and run errands."""
+        with self._changed:
             inbox, self._inbox = self._inbox, []
             cancels, self._cancels = self._cancels, []
         for request, submitted_at in inbox:
@@ -187,16 +262,18 @@ class EngineRunner:
         for request_id in cancels:
             self._engine.cancel(request_id)
         self._run_errands()
-        return True
 
     def _run_errands(self) -> None:
-        """One by one: should one break the engine, those behind it are still there to be answered."""
-        while True:
+        """One by one: should one break the engine, those behind it are still there to be answered. Those that cannot be
+        done yet are tried again after the next step."""
+        with self._changed:
+            number = len(self._errands)
+        for _ in range(number):
             with self._changed:
-                if not self._errands:
-                    return
                 errand = self._errands.pop(0)
-            errand.run()
+            if not errand.run():
+                with self._changed:
+                    self._errands.append(errand)
 
     def _deliver(self) -> None:
         """Hand the events of a step to the sink, then forget the finished: their ids may come again."""
@@ -221,15 +298,24 @@ class EngineRunner:
             inbox, self._inbox = self._inbox, []
             errands, self._errands = self._errands, []
         for errand in errands:
-            errand.result.set_exception(EngineError("engine_stopped", "the engine has stopped"))
+            if errand.result.set_running_or_notify_cancel():
+                errand.result.set_exception(EngineError("engine_stopped", "the engine has stopped"))
         for request, submitted_at in inbox:
             self._engine.add(request, submitted_at)
+        if error == STOPPING and self._keep_states is not None:
+            self._give_states(self._keep_states)
         self._engine.end_all(error)
         for action in (self._deliver, self._engine.free):
             try:
                 action()
             except Exception:
                 logger.exception("the engine could not be closed cleanly")
+
+    def _give_states(self, keep: Callable[[Iterator[StoredState]], None]) -> None:
+        try:
+            keep(self._engine.all_states())
+        except Exception:
+            logger.exception("the states of the slots could not be kept")
 
     def _report(self, crash: BaseException) -> None:
         if self._on_crash is None:

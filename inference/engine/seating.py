@@ -39,19 +39,19 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
         if not free:
             break
         usable = {slot: min(number, kept.get(slot, number)) for slot, number in candidate.prefixes.items()}
-        if _waits(candidate, computing, max(usable.values(), default=0), view.step):
+        if _waits(candidate, computing, max(*usable.values(), candidate.stored, 0), view.step):
             continue
         choices = _choices(candidate, free, names)
         if not choices:
             continue
         spare = _victim(choices, busy, candidate.adapters, view)
-        chosen = _choose(candidate.request_id, usable, choices, spare, view)
+        chosen = _choose(candidate, usable, choices, spare, view)
         number = candidate.number if candidate.number is not None else _number(candidate, chosen.slot_id, names, view)
         chosen = replace(chosen, number=number)
         names[chosen.slot_id] = candidate.scope, number
         busy[chosen.slot_id] = candidate.adapters
         free.remove(chosen.slot_id)
-        kept[chosen.slot_id] = 0 if chosen.copy_from is not None else chosen.num_cached
+        kept[chosen.slot_id] = 0 if chosen.copy_from is not None or chosen.is_restored else chosen.num_cached
         computing.add(candidate.request_id)
         seats.append(chosen)
         seated.append(candidate.after_reuse(chosen.num_cached))
@@ -92,8 +92,9 @@ def _waits(candidate: Candidate, computing: Iterable[str], num_usable: int, step
     return coming >= MIN_SHARED_TOKENS and coming - num_usable >= MIN_SAVED_TOKENS
 
 
-def _choose(request_id: str, usable: Mapping[int, int], free: Set[int], spare: int, view: ScheduleView) -> Seat:
-    """The free slot that has most of the prompt, or a copy of a slot that has far more; without either, the emptiest.
+def _choose(candidate: Candidate, usable: Mapping[int, int], free: Set[int], spare: int, view: ScheduleView) -> Seat:
+    """The free slot that has most of the prompt; or a copy of a slot that has far more, or a stored state that has far
+    more still; without any of them, the emptiest.
 
     A slot is taken over only if it keeps at least half of what it holds: otherwise a conversation that goes on would be
     lost to a prompt that shares its beginning, and a copy into another slot, the spare one, serves both.
@@ -101,9 +102,12 @@ def _choose(request_id: str, usable: Mapping[int, int], free: Set[int], spare: i
     fitting = [slot for slot in free if slot == spare or 2 * usable.get(slot, 0) >= view.held.get(slot, 0)]
     target = max(fitting, key=lambda slot: (usable.get(slot, 0), slot == spare, -slot))
     source = max(usable, key=lambda slot: usable[slot], default=target)
-    if usable.get(source, 0) - usable.get(target, 0) >= copy_threshold(view.n_ctx):
-        return Seat(request_id, spare, usable[source], copy_from=source)
-    return Seat(request_id, target, usable.get(target, 0))
+    threshold = copy_threshold(view.n_ctx)
+    if candidate.stored - usable.get(source, 0) >= threshold:
+        return Seat(candidate.request_id, spare, candidate.stored, is_restored=True)
+    if usable.get(source, 0) - usable.get(target, 0) >= threshold:
+        return Seat(candidate.request_id, spare, usable[source], copy_from=source)
+    return Seat(candidate.request_id, target, usable.get(target, 0))
 
 
 def _victim(free: Set[int], busy: Mapping[int, AdapterVector], adapters: AdapterVector, view: ScheduleView) -> int:

@@ -46,6 +46,7 @@ class Sequence:
         "slot_id",
         "slot_number",
         "started_at",
+        "stored",
         "submitted_at",
         "text",
         "tokens",
@@ -66,6 +67,7 @@ class Sequence:
         self.first_token_at: float | None = None
         self.slot_id: int | None = None
         self.slot_number: int | None = None  # what its scope calls the slot
+        self.stored = (-1, 0)  # version of the state store, and tokens of the prompt that it has
         self.tokens = list(request.prompt)
         self.num_computed = 0
         self.num_completion = 0
@@ -144,8 +146,10 @@ class Sequence:
         prefixes: Mapping[int, int] | None = None,
         shared: Mapping[str, int] | None = None,
         number: int | None = None,
+        stored: int = 0,
     ) -> Candidate:
-        """How the scheduler sees this sequence. number: the slot of its scope that it waits for."""
+        """How the scheduler sees this sequence. number: the slot of its scope that it waits for; stored: tokens of its
+        prompt that can be restored."""
         return Candidate(
             self.request.request_id,
             len(self.tokens) - self.num_computed,
@@ -157,6 +161,7 @@ class Sequence:
             shared or {},
             self.request.cache_scope,
             number,
+            stored,
         )
 
     def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:

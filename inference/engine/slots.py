@@ -62,6 +62,12 @@ class SlotTable:
         self.held.pop(slot_id, None)
         self.names.pop(slot_id, None)
 
+    def clear(self) -> None:
+        """All slots are free, and nobody knows what they hold."""
+        self._owners.clear()
+        self.held.clear()
+        self.names.clear()
+
     def owner(self, slot_id: int) -> str | None:
         """The request that a slot serves, None for a free one."""
         return self._owners.get(slot_id)

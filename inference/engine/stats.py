@@ -5,7 +5,10 @@ Written by the engine's thread alone; other threads read a snapshot, whose field
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
+from typing import Any
 
 from inference.engine.costs import CostCurve
 
@@ -45,6 +48,17 @@ class EngineStats:
     accepted_tokens_total: int
     accepted_per_position: tuple[int, ...]
     draft_length: float
+
+
+def combined(parts: Sequence[EngineStats]) -> EngineStats:
+    """The engines of one model as one. They have their adapters and their cost curve in common."""
+    shared: dict[str, Any] = {"num_adapters": parts[0].num_adapters, "cost_curve": parts[0].cost_curve}
+    shared["last_step_at"] = max((part.last_step_at for part in parts if part.last_step_at is not None), default=None)
+    positions = zip_longest(*(part.accepted_per_position for part in parts), fillvalue=0)
+    shared["accepted_per_position"] = tuple(map(sum, positions))
+    shared["draft_length"] = max(part.draft_length for part in parts)
+    totals = [each.name for each in fields(EngineStats) if each.name not in shared]
+    return replace(parts[0], **shared, **{name: sum(getattr(part, name) for part in parts) for name in totals})
 
 
 @dataclass(slots=True)

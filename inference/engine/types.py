@@ -210,6 +210,23 @@ EventSink = Callable[[Sequence[TokenEvent]], None]
 """Called on the engine's thread once per step with that step's events in order. It must not block or raise."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotReport:
+    """A slot that is busy or holds something. number: what its scope calls it. Numbers of tokens: num_processed of the
+    prompt's num_prompt were computed beside the num_cached; num_decoded were generated, num_remaining may be."""
+
+    slot_id: int
+    scope: str | None
+    number: int
+    request_id: str | None = None
+    num_held: int = 0
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_processed: int = 0
+    num_decoded: int = 0
+    num_remaining: int = 0
+
+
 class EngineError(Exception):
     """A request that the engine cannot take; `code` is stable, the message is for people."""
 

@@ -33,6 +33,7 @@ def as_row(row: ServedModel) -> dict[str, Any]:
         "trained_context": row.metadata.get("context_length"),
         "n_ctx": row.n_ctx,
         "n_slots": row.n_slots,
+        "n_lanes": row.n_lanes,
         "n_threads": file.n_threads or row.n_threads,
         "n_gpu_layers": row.n_gpu_layers,
         "kv_type": row.kv_type,

@@ -16,6 +16,9 @@ from inference.structured.number_forms import Interval
 
 MAX_VARIANTS = 64
 MAX_STEPS = 20_000
+"""What a schema may cost to compile, in all: some tenths of a second."""
+CHARACTERS_A_STEP = 64
+ENTRIES_A_STEP = 4
 
 Schema = dict[str, Any]
 
@@ -107,6 +110,7 @@ class Forms:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._cyclic: dict[str, bool] = {}
+        self._enum_keys: dict[int, tuple[list[Any], frozenset[str]]] = {}
         self._num_steps = 0
 
     def variants(self, schema: Any, pointer: str, fuel: int) -> list[tuple[Schema, int]]:
@@ -154,6 +158,8 @@ class Forms:
         """Both must hold: every pair merged, without those that exclude each other."""
         if len(left) * len(right) > MAX_VARIANTS:
             raise SchemaError("too_complex", pointer, f"more than {MAX_VARIANTS} combinations of anyOf and oneOf")
+        self._step(pointer, cost=sum(len(right) * _size(flat) for flat, _ in left))
+        self._step(pointer, cost=sum(len(left) * _size(flat) for flat, _ in right))
         pairs = [(merge(first, second, pointer), min(fuel, other)) for first, fuel in left for second, other in right]
         return [(flat, fuel) for flat, fuel in pairs if flat is not None]
 
@@ -225,8 +231,11 @@ class Forms:
         self._step(pointer)
         if not _type_names(value) & types_of(flat):
             return False
-        if "enum" in flat and json_key(value) not in {json_key(option) for option in flat["enum"]}:
-            return False
+        if "enum" in flat:
+            key = json_key(value)
+            self._step(pointer, cost=len(key) // CHARACTERS_A_STEP)
+            if key not in self._keys(flat["enum"]):
+                return False
         if isinstance(value, str):
             return self._accepts_text(flat, value, pointer)
         if isinstance(value, list):
@@ -234,6 +243,12 @@ class Forms:
         if isinstance(value, dict):
             return self._accepts_object(flat, value, pointer, fuel)
         return not is_number(value) or _accepts_number(flat, value)
+
+    def _keys(self, options: list[Any]) -> frozenset[str]:
+        """Of an enum, made once: all its values are looked for in it. Kept beside it, so that its id is its own."""
+        if id(options) not in self._enum_keys:
+            self._enum_keys[id(options)] = options, frozenset(json_key(option) for option in options)
+        return self._enum_keys[id(options)][1]
 
     def _accepts_text(self, flat: Schema, value: str, pointer: str) -> bool:
         if {"pattern", "format"} & flat.keys():
@@ -290,10 +305,15 @@ class Forms:
         mine, theirs = self.variants(made, pointer, fuel), self.variants(other, pointer, fuel)
         return all(self._excludes(a, b, pointer, fuel, depth) for a, _ in mine for b, _ in theirs)
 
-    def _step(self, pointer: str) -> None:
-        self._num_steps += 1
+    def _step(self, pointer: str, cost: int = 1) -> None:
+        self._num_steps += cost
         if self._num_steps > MAX_STEPS:
             raise SchemaError("too_complex", pointer, "the schema combines too much")
+
+
+def _size(flat: Schema) -> int:
+    """What merging it costs, in steps."""
+    return sum(len(value) for value in flat.values() if isinstance(value, dict | list)) // ENTRIES_A_STEP
 
 
 # Keywords

@@ -70,8 +70,9 @@ def test_measuring_keeps_to_its_budget(clock: HandClock) -> None:
     assert clock.now - began < 0.5
 
 
-def test_a_slow_backend_gets_one_point(clock: HandClock) -> None:
-    assert timed_measure(clock, 0.9).points == ((1, pytest.approx(0.9)),)
+def test_a_slow_backend_gets_few_points(clock: HandClock) -> None:
+    assert [tokens for tokens, _ in timed_measure(clock, 0.3).points] == [1, 2, 4, 8]
+    assert timed_measure(clock, 2.0).points == ((1, pytest.approx(2.0)),)
 
 
 def test_no_step_larger_than_the_batch_is_measured(clock: HandClock) -> None:

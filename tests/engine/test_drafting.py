@@ -126,6 +126,15 @@ def test_a_probe_is_as_long_as_a_draft_must_be_and_pays_for_catching_up() -> Non
     assert behind.num_drafted == {}
 
 
+def test_a_long_text_is_not_read_for_a_short_answer() -> None:
+    guessing = CostCurve(((1, 0.001), (64, 0.04)))
+    for behind, left, drafts in ((0, 10, True), (100, 10, False), (100, 200, True), (5000, 200, False)):
+        each = Draftable(0, 8, (1.0,) * MAX_DRAFT, behind, left)
+        assert bool(planned(FAST, each, guessing=guessing)[0]) == drafts
+    always = {"policy": DraftPolicy.ALWAYS, "guessing": guessing}
+    assert planned(FAST, Draftable(0, 8, (1.0,), 5000, 10), **always) == [8]
+
+
 def test_probes_go_round() -> None:
     assert [set(probe(0.01, wants(0.1), wants(0.1), turn=turn)[0]) for turn in range(3)] == [{"0"}, {"1"}, {"0"}]
 

@@ -241,6 +241,22 @@ def test_a_cancel_in_the_middle_leaves_the_others_and_the_slot_in_order() -> Non
     assert not engine._drafter._live  # type: ignore[union-attr]
 
 
+def test_a_draft_after_which_nothing_can_be_chosen_ends_the_answer_with_the_reason() -> None:
+    class Stuck(FakeBackend):
+        def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[Chosen]:
+            chosen = super().execute(work, adapters)
+            return [
+                Chosen(error="grammar_dead_end") if part.num_drafted else each
+                for part, each in zip(work, chosen, strict=True)
+            ]
+
+    wanted = requests(1)
+    engine = Engine(Stuck(1, 64), proposer=rehearsed(wanted), draft_settings=always())
+    finished = run(engine, *wanted).finished["r0"]
+    assert (finished.reason, finished.error) == (FinishReason.ERROR, "grammar_dead_end")
+    assert finished.receipt.accepted_tokens == engine.stats().accepted_tokens_total == 0
+
+
 def test_nobody_is_asked_where_nobody_guesses() -> None:
     wanted = requests(2)
     backend = Watched(2, 64)
@@ -303,7 +319,7 @@ def test_what_one_sequence_taught_serves_the_next(clock: HandClock) -> None:
 
 def test_acceptance_is_counted_by_adapter_vector(clock: HandClock) -> None:
     backend = Watched(2, 512, 0.008, 0.001, supports_adapters=True, sleep=clock.sleep)
-    backend.adapters = frozenset({"poet"})
+    backend.load_adapter("poet", __file__)
     wanted = [
         make_request("base", prompt=(5, 6, 1), max_tokens=120),
         make_request("poet", prompt=(5, 6, 2), max_tokens=120, adapters=(("poet", 1.0),)),

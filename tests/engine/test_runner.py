@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from inference.engine import (
+    Decoding,
     EngineError,
     EngineRunner,
     FakeBackend,
@@ -341,3 +342,62 @@ def test_stop_from_the_sink_does_not_wait_for_itself() -> None:
     log.wait_finished("r")
     runner.stop()
     assert log.finished["r"].error == "worker_stopping"
+
+
+def test_a_slot_action_waits_for_the_request_that_runs_there(start: Any, log: EventLog) -> None:
+    runner = start(FakeBackend(2, 512, 0.002))
+    pinned: dict[str, Any] = {"cache_scope": "alice", "decoding": Decoding(slot_id=1)}
+    runner.submit(make_request("long", max_tokens=20, **pinned))
+    log.wait_started("long")
+    assert len(runner.save_slot(("alice", 1), 10.0).tokens) == 22
+    assert "long" in log.finished
+    assert runner.erase_slot(("alice", 1), 10.0) == 22
+
+
+def test_a_slot_action_gives_up_in_time_and_leaves_no_trace(start: Any, log: EventLog) -> None:
+    runner = start(FakeBackend(1, 512, 0.005))
+    runner.submit(make_request("long", max_tokens=400, cache_scope="alice"))
+    log.wait_started("long")
+    with pytest.raises(EngineError) as caught:
+        runner.erase_slot(("alice", 0), 0.02)
+    assert caught.value.code == "slot_busy"
+    (report,) = runner.slots()
+    assert (report.request_id, report.scope, report.number) == ("long", "alice", 0)
+    runner.cancel("long")
+    log.wait_finished("long")
+    assert len(runner.save_slot(("alice", 0), 10.0).tokens) > 3
+
+
+def test_an_engine_that_stops_answers_those_that_wait_for_a_slot(start: Any, log: EventLog) -> None:
+    runner = start(FakeBackend(1, 512, 0.005))
+    runner.submit(make_request("long", max_tokens=400, cache_scope="alice"))
+    log.wait_started("long")
+    errors: list[str] = []
+
+    def erase() -> None:
+        with pytest.raises(EngineError) as caught:
+            runner.erase_slot(("alice", 0), 10.0)
+        errors.append(caught.value.code)
+
+    waiting = threading.Thread(target=erase)
+    waiting.start()
+    time.sleep(0.05)
+    runner.stop()
+    waiting.join(5.0)
+    assert errors == ["engine_stopped"]
+
+
+def test_at_an_orderly_end_the_states_are_given_away(log: EventLog) -> None:
+    kept: list[int] = []
+    options: dict[str, Any] = {"state_bytes": 1 << 20}
+    runner = EngineRunner(
+        FakeBackend(2, 512),
+        sink=log,
+        keep_states=lambda states: kept.extend(len(each.tokens) for each in states),
+        **options,
+    )
+    runner.start()
+    runner.submit(make_request("r", prompt=tuple(range(100)), max_tokens=5, cache_scope="alice"))
+    log.wait_finished("r")
+    runner.stop()
+    assert kept == [104]

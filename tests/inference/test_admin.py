@@ -67,6 +67,7 @@ def form(**values: Any) -> dict[str, Any]:
         "visibility": "shared",
         "n_ctx": 2048,
         "n_slots": 8,
+        "n_lanes": 1,
         "n_threads": "",
         "n_gpu_layers": 0,
         "kv_type": "f16",
@@ -163,6 +164,7 @@ def test_a_model_is_registered_by_its_path(operator: Client, tmp_path: Path) -> 
         ({"path": "GOOD", "aliases": "chat, tiny"}, "A name is there twice"),
         ({"path": "GOOD", "name": "two words"}, "Use 1 to 100 letters"),
         ({"path": "GOOD", "n_slots": 0}, "greater than or equal to 1"),
+        ({"path": "GOOD", "n_lanes": 17}, "less than or equal to 16"),
     ],
 )
 def test_what_is_wrong_is_shown_on_the_form(

@@ -27,6 +27,7 @@ from inference.bench import (
     chart,
     children,
     counters,
+    environments,
     footprint,
     gateway,
     machine,
@@ -37,6 +38,7 @@ from inference.bench import (
     tables,
 )
 from inference.bench.digest import digest
+from inference.bench.environments import PeerUnavailable
 from inference.bench.figures import Spread, added, pack, percentile, ratio, thin, unpack
 from inference.bench.load import NUMBER, LoadFailed, LoadJob, _Load, run_load
 from inference.bench.upstream import _Upstream, render_answers, split_text
@@ -586,17 +588,17 @@ def test_a_peer_that_cannot_be_installed_says_why(tmp_path: Path) -> None:
     requirements = tmp_path / "bench.txt"
     requirements.write_text("this is not a requirement\n")
     said: list[str] = []
-    with pytest.raises(peer.PeerUnavailable, match="pip ended with 1"):
+    with pytest.raises(PeerUnavailable, match="pip ended with 1"):
         peer.install(said.append, tmp_path / "environment", requirements)
     assert said
-    with pytest.raises(peer.PeerUnavailable, match="LiteLLM is not in"):
-        peer.version(tmp_path / "environment")
+    with pytest.raises(PeerUnavailable, match="litellm is not in"):
+        environments.version(tmp_path / "environment", "litellm")
 
 
 def test_an_environment_that_matches_the_lock_is_used_again(tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     environment.mkdir()
-    peer.mark_installed(environment, peer.REQUIREMENTS)
+    environments.mark_installed(environment, peer.REQUIREMENTS)
     said: list[str] = []
     assert peer.install(said.append, environment) == environment
     assert said == []
@@ -643,7 +645,7 @@ def test_the_peer_is_started_with_a_key_of_its_own_and_stopped(tmp_path: Path) -
 def test_a_peer_that_does_not_start_says_why(tmp_path: Path) -> None:
     environment = stub_peer(tmp_path, "raise SystemExit('no such option')")
     with (
-        pytest.raises(peer.PeerUnavailable, match="no such option"),
+        pytest.raises(PeerUnavailable, match="no such option"),
         peer.running(environment, tmp_path, 1234, num_workers=1),
     ):
         raise AssertionError("it must not start")
@@ -651,7 +653,7 @@ def test_a_peer_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_without_a_peer_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> Path:
-        raise peer.PeerUnavailable("no network")
+        raise PeerUnavailable("no network")
 
     monkeypatch.setattr(peer, "install", fail)
     notes: list[str] = []

@@ -87,6 +87,7 @@ def test_register_model_takes_every_option(tmp_path: Path) -> None:
         "visibility": "granted",
         "n_ctx": 512,
         "n_slots": 3,
+        "n_lanes": 1,
         "n_threads": 2,
         "n_gpu_layers": -1,
         "kv_type": "q8_0",

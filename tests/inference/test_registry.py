@@ -204,6 +204,7 @@ def test_a_state_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypat
         ({"n_ctx": 5000}, "n_ctx"),
         ({"n_ctx": 0}, "n_ctx"),
         ({"n_slots": 257}, "n_slots"),
+        ({"n_lanes": 17}, "n_lanes"),
         ({"kv_type": "q2"}, "kv_type"),
         ({"pool": "No Pool"}, "pool"),
         ({"pool": "gpu\n"}, "pool"),
@@ -418,6 +419,9 @@ def test_memory_is_weights_and_cache_and_scores() -> None:
     assert need.total_bytes == 1000 + 20480 + 205_600
     smaller = registry.estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="q8_0")
     assert smaller.kv_bytes == 512 * 2 * 10 * 34 // 32
+    lanes = registry.estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="f16", n_lanes=3)
+    assert (lanes.weights_bytes, lanes.kv_bytes) == (1000, 3 * need.kv_bytes)
+    assert lanes.compute_bytes == 3 * need.compute_bytes
     assert registry.estimate_memory({}, n_ctx=8, n_slots=1, kv_type="q4_0").total_bytes == 0
 
 

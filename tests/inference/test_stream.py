@@ -89,6 +89,34 @@ def test_what_was_not_sent_yet_is_merged(desk: Desk) -> None:
     assert found == [{"t": "delta", "text": "abc", "n": 3}]
 
 
+def test_tokens_of_fast_steps_travel_together_but_the_first_and_the_end_at_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "GATHER_STEPS_SECONDS", 60.0)
+    lease = desk.lease()
+    request_id = lease.ticket.request_id
+    desk.writer.start()
+    desk.writer.publish([delta(lease, "a")])
+    wait_for(lambda: events(desk.client, request_id))
+    for text in "bcd":
+        desk.writer.publish([delta(lease, text)])
+        time.sleep(0.01)
+    assert text_of(events(desk.client, request_id)) == "a"
+    desk.writer.finish(request_id, end_of(lease))
+    wait_for(lambda: desk.ends)
+    assert [event.get("text") for event in events(desk.client, request_id)] == ["a", "bcd", None]
+    assert len(desk.flushes) == 2
+
+
+def test_what_waits_for_its_pace_is_sent_without_another_event(desk: Desk) -> None:
+    lease = desk.lease()
+    desk.writer.start()
+    for text in "ab":
+        desk.writer.publish([delta(lease, text)])
+        time.sleep(0.005)
+    assert wait_for(lambda: text_of(events(desk.client, lease.ticket.request_id)) == "ab")
+
+
 def test_probabilities_travel_with_their_tokens_whatever_bytes_they_have(desk: Desk) -> None:
     lease = desk.lease(sampling=SamplingParams(num_probs=2))
     request_id = lease.ticket.request_id

@@ -17,6 +17,7 @@ from inference import doorbell, hosted, registry
 from inference import worker as worker_module
 from inference.completion_cache import completion_cache
 from inference.engine.fake_backend import FakeBackend
+from inference.engine.lanes import LaneRunner
 from inference.engine.types import Decoding, EngineError
 from inference.hosted import State
 from inference.models import Receipt, ServedModel
@@ -511,6 +512,39 @@ def test_a_ticket_that_waited_for_a_swap_of_the_file_is_told_by_the_file_that_co
         wait_for(lambda: Receipt.objects.exists())
     assert Receipt.objects.get().model_digest == "e" * 64
     assert completion_cache().get(sent.cache_key, model_id=sent.model_name) is None
+
+
+def test_a_model_with_lanes_takes_no_more_tickets_than_slots_and_fails_as_one(
+    cast: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(n_slots=2, n_lanes=2)
+    alice = principal_of(cast.alice)
+    loads: list[FakeBackend] = []
+
+    def load(served: Any) -> FakeBackend:
+        def answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
+            return 1 // 0 if len(loads) == 1 and index == 3 else 5
+
+        loads.append(FakeBackend(served.n_slots, served.n_ctx, 0.002, answer=answer))
+        return loads[-1]
+
+    monkeypatch.setattr(hosted, "RETRY_SECONDS", 0.05)
+    with worker(valkey, threads=4, load=load) as host:
+        last = finish(valkey, admitted(alice).ticket.request_id)
+        assert (last["reason"], last["error"]) == ("error", "engine_crashed")
+        time.sleep(0.1)
+        host.follow_registry()
+        [model] = host._all_models()
+        assert isinstance(model.runner(), LaneRunner)
+        assert (host.num_slots, model.report()["slots"]) == (2, 2)
+        tickets = [admitted(alice).ticket for _ in range(6)]
+        most = 0
+        while any(queued in host._live for queued in [ticket.request_id for ticket in tickets]) or not most:
+            most = max(most, model.num_busy)
+            time.sleep(0.002)
+        for ticket in tickets:
+            assert finish(valkey, ticket.request_id)["reason"] == "length"
+        assert most == 2
 
 
 def test_the_engine_of_the_configuration_is_loaded(cast: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

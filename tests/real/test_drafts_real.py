@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from inference import demo_adapters
+from inference import demo_adapters, registry
 from inference.engine import EngineError, FinishReason, LlamaBackend, SamplingParams
 from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.engine import Engine
@@ -19,7 +19,9 @@ from inference.engine.llama import DraftModel
 from inference.engine.speculative import Ask, PromptLookup, Proposer
 from inference.engine.tokenizer import Tokenizer
 from inference.engine.types import Decoding, Receipt, Speculation
-from tests.engine.cast import Rehearsed
+from inference.hosted import HostedModel, load_backend
+from inference.models import ServedModel
+from tests.engine.cast import EventLog, Rehearsed, make_request
 
 from .test_engine_real import GREEDY, Run
 
@@ -321,3 +323,27 @@ def test_a_draft_model_that_is_no_file_is_refused(backend: LlamaBackend, tmp_pat
     with pytest.raises(EngineError) as caught:
         DraftModel.load(tmp_path / "none.gguf", backend)
     assert caught.value.code == "model_file_missing"
+
+
+# As a worker serves it
+
+
+def test_a_worker_loads_the_model_and_who_guesses_for_it(
+    model_path: Path, tokenizer: Tokenizer, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.CONFIG, "engine", "llama")
+    small = ServedModel(pk=2, name="small", path=str(model_path), digest="b" * 64)
+    large = ServedModel(pk=1, name="large", path=str(model_path), digest="a" * 64, n_ctx=128, n_slots=1, n_threads=2)
+    large.draft_kind, large.draft_model, large.draft_n_max, large.draft_policy = "model", small, 4, "always"
+    log = EventLog()
+    model = HostedModel(registry.snapshot(large), load=load_backend, sink=log, read_adapters=lambda _served: [])
+    try:
+        prompt = tuple(tokenizer.encode(LIFE, add_special=True))
+        model.submit(make_request("r", prompt=prompt, max_tokens=16))
+        log.wait_finished("r", seconds=120)
+        receipt, stats = log.finished["r"].receipt, model.stats()
+        assert receipt.accepted_tokens == receipt.drafted_tokens > 0
+        assert stats is not None
+        assert stats.accepted_tokens_total == receipt.accepted_tokens
+    finally:
+        model.unload()

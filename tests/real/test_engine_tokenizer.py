@@ -111,6 +111,27 @@ def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> 
     assert tokenizer.detokenize(tokenizer.encode("a\ud800b", add_special=False)) == "a\ufffdb"
 
 
+def test_a_model_without_tokens_to_fill_in_says_so(tokenizer: Tokenizer) -> None:
+    found = tokenizer.fill_tokens()
+    assert (found["pre"], found["suf"], found["mid"], found["bos"]) == (None, None, None, None)
+
+
+def test_tokens_to_fill_in_are_found_by_their_texts(model_path: Path, tmp_path: Path) -> None:
+    """The model's own file with three of its tokens renamed, in as many letters."""
+    renamed = {b"<jupyter_code>": b"<|fim_prefix|>", b"<jupyter_text>": b"<|fim_suffix|>"}
+    renamed[b"<issue_closed>"] = b"<|fim_middle|>"
+    data = model_path.read_bytes()
+    for old, new in renamed.items():
+        data = data.replace(old, new)
+    path = tmp_path / "filler.gguf"
+    path.write_bytes(data)
+    filler = Tokenizer.load(path)
+    found = filler.fill_tokens()
+    texts = [filler.detokenize([token], special=True) for token in (found["pre"], found["suf"], found["mid"]) if token]
+    filler.free()
+    assert texts == ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+
+
 def test_the_vocabulary_describes_itself(tokenizer: Tokenizer) -> None:
     info = tokenizer.info()
     assert (info["n_vocab"], info["bos_token"], info["eos_token"], info["add_bos"]) == (49152, 1, 2, False)

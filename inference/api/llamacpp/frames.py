@@ -60,7 +60,13 @@ class LlamaFrames:
         if probs := event.probs():
             content["completion_probabilities"] = replies.probabilities(probs, bool(self._body.post_sampling_probs))
         if self._body.timings_per_token:
-            content["timings"] = replies.predicted_so_far(self._num_predicted, now - self._first_at)
+            content["timings"] = replies.timings_so_far(
+                self._num_prompt_tokens,
+                self._num_cached,
+                self._first_at - self._started_at,
+                self._num_predicted,
+                now - self._first_at,
+            )
         return self._frame(content, event.id)
 
     def end(self, ending: Ending, event_id: str) -> bytes:

@@ -5,11 +5,13 @@ They run in the hop; the model is the one that body or query name, else the defa
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from django.http import HttpResponse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 
-from inference import adapters, admission, registry
+from inference import adapters, admission, registry, slot_actions
 from inference.api.async_view import AsyncAPIView, json_response
 from inference.api.errors import LLAMA
 from inference.api.llamacpp import replies
@@ -37,7 +39,7 @@ class ModelView(AsyncAPIView):
     tag = "llama.cpp"
     errors = LLAMA
     error_reply = LlamaErrorReply
-    scopes = ("generate",)
+    scopes: ClassVar[tuple[str, ...]] = ("generate",)
 
 
 class TokenizeView(ModelView):
@@ -118,7 +120,7 @@ class PropsView(ModelView):
                 "n_ctx": admission.context_of(principal, served),
                 "params": replies.generation_settings(SamplingParams(), wanted_tokens=-1, draft_kind=served.draft_kind),
             },
-            "total_slots": served.n_slots,
+            "total_slots": served.num_slots,
             "model_alias": served.name,
             "model_path": served.name,  # where files lie is the operator's business
             "model_ftype": served.quantization,
@@ -131,6 +133,8 @@ class PropsView(ModelView):
             "bos_token": _text_of(served, served.bos_token_id),
             "eos_token": _text_of(served, served.eos_token_id),
             "build_info": "llmsite",
+            "context_shift": served.context_shift,
+            "abilities": slot_actions.abilities_of(served),
         }
         return json_response(content)
 

@@ -23,10 +23,14 @@ SNIPPET = "\n\n--- snippet ---\n\n"
 
 def tokens_of(prompt: Piece, served: Served) -> tuple[int, ...]:
     """With what the model puts before a text, if it begins with one. Raises Refusal."""
-    found = _tokens(prompt, served, add_special=True)
-    if served.vocabulary_size and found and max(found) >= served.vocabulary_size:
+    return _checked(_tokens(prompt, served, add_special=True), served)
+
+
+def _checked(tokens: Iterable[int], served: Served) -> tuple[int, ...]:
+    found = tuple(tokens)
+    if served.vocabulary_size and max(found, default=0) >= served.vocabulary_size:
         raise Refusal("invalid_token", f"The prompt has token ids outside the vocabulary of {served.vocabulary_size}.")
-    return tuple(found)
+    return found
 
 
 def _tokens(pieces: str | Sequence[str | int], served: Served, *, add_special: bool = False) -> list[int]:
@@ -88,7 +92,7 @@ def infill(body: InfillBody, served: Served, n_ctx: int) -> tuple[int, ...]:
     found += [fill.pre, *prefix, *middle, fill.suf, *suffix[:num_suffix], fill.mid]
     num_extra = max(0, n_ctx - batch - 2 * max(0, body.wanted_tokens))
     extra = _other_files(body.input_extra or (), served, fill) if num_extra else []
-    return (*extra[max(0, len(extra) - num_extra) :], *found)
+    return _checked((*extra[max(0, len(extra) - num_extra) :], *found), served)
 
 
 def _other_files(chunks: Sequence[ExtraChunk], served: Served, fill: FillTokens) -> list[int]:

@@ -119,9 +119,16 @@ def _pace(name: str, number: int, num_timed: int, seconds: float) -> dict[str, A
     }
 
 
-def predicted_so_far(number: int, seconds: float) -> dict[str, Any]:
+def timings_so_far(
+    num_prompt: int, num_cached: int, prompt_seconds: float, num_predicted: int, seconds: float
+) -> dict[str, Any]:
     """timings_per_token: by the clock of the server that sends the events."""
-    return _pace("predicted", number, number - 1, seconds)
+    computed = num_prompt - num_cached
+    return {
+        "cache_n": num_cached,
+        **_pace("prompt", computed, computed, prompt_seconds),
+        **_pace("predicted", num_predicted, num_predicted - 1, seconds),
+    }
 
 
 def generation_settings(

@@ -503,3 +503,7 @@ class PropsReply(BaseModel):
     bos_token: str
     eos_token: str
     build_info: str
+    context_shift: bool
+    abilities: dict[str, bool | str] | None = Field(
+        description="What the model's memory can do: trim, copy, shift, save; true, or why not. null: it is not loaded."
+    )

@@ -80,15 +80,14 @@ class SamplingView(GenerationView):
         for prompt in prompts:  # all of them before anything runs: a stream of several has a status, too
             admission.check_length(len(prompt), admission.context_of(principal, served))
         settings = _settings(body, principal, served)
-        orders = [
-            each
-            for prompt in prompts
-            for each in completions(order_from(body, prompt, request, is_batch=len(prompts) > 1), body.num_completions)
-        ]
+        orders = _orders(body, prompts, request)
         parts = Parts(principal, orders, self.request_id, self.route)
-        answer = parts.admit(0) if len(orders) > 1 else self._admit(principal, orders[0])
+        if len(orders) > 1:
+            answer = parts.admit(0)
+        else:
+            answer = admission.admit(principal, orders[0], request_id=self.request_id, route=self.route)
         self.note_admission(answer)
-        try:
+        try:  # while the engine has the prompt already
             asked = Asked(body, served, settings, _texts(body, prompts, served))
         except BaseException:
             drop(answer)
@@ -100,9 +99,6 @@ class SamplingView(GenerationView):
             return self._cached(asked, answer)
         run = self._stream if body.stream else self._reply
         return Later(partial(run, asked, answer), abandon=partial(drop, answer))
-
-    def _admit(self, principal: Principal, order: GenerateOrder) -> Admitted | CachedAnswer:
-        return admission.admit(principal, order, request_id=self.request_id, route=self.route)
 
     async def _reply(self, asked: Asked, admitted: Admitted) -> HttpResponse:
         self.stage = "generation"
@@ -211,6 +207,12 @@ class InfillView(SamplingView):
         return self.generate(request, body, served, [infill(body, served, admission.context_of(principal, served))])
 
 
+def _orders(body: SamplingBody, prompts: list[Prompt], request: Request) -> list[GenerateOrder]:
+    """One for each answer: the completions of the first prompt, then those of the next."""
+    singles = [order_from(body, prompt, request, is_batch=len(prompts) > 1) for prompt in prompts]
+    return [each for single in singles for each in completions(single, body.num_completions)]
+
+
 def order_from(body: SamplingBody, prompt: Prompt, request: Request, *, is_batch: bool) -> GenerateOrder:
     wanted = body.wanted_tokens
     return GenerateOrder(
@@ -232,7 +234,7 @@ def order_from(body: SamplingBody, prompt: Prompt, request: Request, *, is_batch
 
 def _texts(body: SamplingBody, prompts: list[Prompt], served: Served) -> tuple[str, ...]:
     """One for each answer; empty where no reply shows them."""
-    if body.response_fields is not None and "prompt" not in body.response_fields:
+    if body.response_fields and "prompt" not in body.response_fields:
         return ("",) * (len(prompts) * body.num_completions)
     return tuple(text for text in texts_of(prompts, served) for _ in range(body.num_completions))
 

@@ -176,6 +176,7 @@ OPTION_FIELDS = [
     "pool",
     "n_ctx",
     "n_slots",
+    "n_lanes",
     "n_threads",
     "n_gpu_layers",
     "kv_type",

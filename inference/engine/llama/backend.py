@@ -1,16 +1,15 @@
-"""One model, one context, one native sequence and sampler per slot.
+"""One context of a model, one native sequence and sampler per slot.
 
-Everything runs on the engine's thread after load(). KV memory is one stream per sequence (kv_unified off), which is
-faster with many sequences; streams are computed together where slot ids are consecutive.
+Everything runs on the engine's thread after load() or sibling(). KV memory is one stream per sequence (kv_unified off),
+which is faster with many sequences; streams are computed together where slot ids are consecutive.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from inference.engine.llama.loading import (
     trained_context,
     usable_cpus,
 )
+from inference.engine.llama.model import SharedModel
 from inference.engine.llama.prefixes import Prefixes
 from inference.engine.llama.samplers import SlotSampler
-from inference.engine.lora_file import write_padded
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -47,16 +46,28 @@ class LlamaBackend:
     supports_adapters = True
 
     def __init__(
-        self, model: Any, context: Any, *, n_ctx: int, n_slots: int, max_draft_tokens: int = 0, is_on_cpu: bool = True
+        self,
+        model: SharedModel,
+        new_context: Callable[[], Any],
+        *,
+        n_ctx: int,
+        n_slots: int,
+        n_threads: int,
+        max_draft_tokens: int = 0,
     ) -> None:
+        """new_context makes a context of the model with these options; one is made here, sibling() makes others.
+        Raises what it raises."""
         self.n_ctx = n_ctx
         self.n_slots = n_slots
+        self.n_threads = n_threads
         self.max_draft_tokens = max_draft_tokens
         self.max_step_tokens = step_tokens(n_slots)
         self._model = model
-        self._context = context
-        self._memory = native.llama_get_memory(context)
-        self._vocab = native.llama_model_get_vocab(model)
+        self._new_context = new_context
+        self._context = new_context()
+        model.join(self._detach)
+        self._memory = native.llama_get_memory(self._context)
+        self._vocab = native.llama_model_get_vocab(model.native)
         self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
         self.adds_bos: bool = native.llama_vocab_get_add_bos(self._vocab)
         self._end_tokens = tuple(
@@ -67,15 +78,12 @@ class LlamaBackend:
         self._samplers: dict[int, SlotSampler] = {}
         self._candidates = Candidates(self.n_vocab)
         self._prefixes = Prefixes([self.piece(token) for token in range(self.n_vocab)], self._end_tokens)
-        self._adapters: dict[str, Any] = {}
         self._attached: AdapterVector = ()
-        self.adapters: frozenset[str] = frozenset()
         self._batch = Batch(self.max_step_tokens)
         self._is_freed = False
         self._moved = False  # copies or shifts wait for the next decode
         self.abilities = Abilities()
-        self._is_on_cpu = is_on_cpu
-        self.max_chunk_tokens = MAX_CPU_CHUNK if is_on_cpu else self.max_step_tokens
+        self.max_chunk_tokens = MAX_CPU_CHUNK if model.is_on_cpu else self.max_step_tokens
         self.cost = CostCurve()
 
     @classmethod
@@ -103,32 +111,46 @@ class LlamaBackend:
         file = checked_file(Path(path))
         native.llama_log_set(forward_log, None)
         native.llama_backend_init()
+        n_threads = n_threads or usable_cpus()
         model = load_model(file, n_gpu_layers, progress)
         try:
             n_ctx = trained_context(model, n_ctx)
-            context = make_context(
-                model, n_ctx, n_slots, n_threads or usable_cpus(), kv_type, flash_attention, n_slots + max_draft_tokens
+            num_outputs = n_slots + max_draft_tokens
+            backend = cls(
+                SharedModel(model, is_on_cpu=n_gpu_layers == 0),
+                partial(make_context, model, n_ctx, n_slots, n_threads, kv_type, flash_attention, num_outputs),
+                n_ctx=n_ctx,
+                n_slots=n_slots,
+                n_threads=n_threads,
+                max_draft_tokens=max_draft_tokens,
             )
         except BaseException:
             native.llama_model_free(model)
             raise
-        backend = cls(
-            model,
-            context,
-            n_ctx=n_ctx,
-            n_slots=n_slots,
-            max_draft_tokens=max_draft_tokens,
-            is_on_cpu=n_gpu_layers == 0,
-        )
         backend._measure()
         return backend
+
+    def sibling(self) -> LlamaBackend:
+        """The same costs and abilities: what was measured here is not measured again."""
+        backend = type(self)(
+            self._model,
+            self._new_context,
+            n_ctx=self.n_ctx,
+            n_slots=self.n_slots,
+            n_threads=self.n_threads,
+            max_draft_tokens=self.max_draft_tokens,
+        )
+        backend.cost, backend.abilities = self.cost, self.abilities
+        return backend
+
+    def set_threads(self, number: int) -> None:
+        native.llama_set_n_threads(self._context, number, number)
 
     def open(
         self, slot_id: int, prompt: Sequence[int], sampling: SamplingParams, seed: int, num_cached: int = 0
     ) -> None:
         self.close(slot_id)
-        if not native.llama_memory_seq_rm(self._memory, slot_id, num_cached, -1):
-            raise RuntimeError(f"slot {slot_id} cannot be cut to {num_cached} tokens")
+        self.trim(slot_id, num_cached)
         self._samplers[slot_id] = SlotSampler(
             self._vocab,
             sampling,
@@ -184,6 +206,10 @@ class LlamaBackend:
             self.erase(slot_id)
             raise EngineError("state_invalid", "llama.cpp does not read this state")
 
+    def trim(self, slot_id: int, num_tokens: int) -> None:
+        if not native.llama_memory_seq_rm(self._memory, slot_id, num_tokens, -1):
+            raise RuntimeError(f"slot {slot_id} cannot be cut to {num_tokens} tokens")
+
     def erase(self, slot_id: int) -> None:
         native.llama_memory_seq_rm(self._memory, slot_id, -1, -1)
 
@@ -195,38 +221,25 @@ class LlamaBackend:
             self._decode([SlotWork(slot_id, end, [0], True)])
             native.llama_memory_seq_rm(self._memory, slot_id, end, -1)
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        return self._model.digests
+
     def load_adapter(self, digest: str, path: str | Path) -> None:
-        """Between steps, so that nothing is computed while the model changes. A known digest is left alone."""
-        if digest in self._adapters:
-            return
-        file = checked_file(Path(path), kind="adapter")
-        try:
-            with tempfile.NamedTemporaryFile(suffix=".gguf") as padded:
-                is_padded = self._is_on_cpu and write_padded(file, padded.file)
-                source = padded.name if is_padded else file
-                adapter = native.llama_adapter_lora_init(self._model, os.fsencode(source))
-        except OSError as error:
-            raise EngineError("adapter_file_invalid", f"{file} cannot be prepared for this machine: {error}") from error
-        if not adapter:
-            raise EngineError(
-                "adapter_file_invalid",
-                f"llama.cpp cannot apply {file} to this model: the file is damaged, or made for another base model",
-            )
-        self._adapters[digest] = adapter
-        self.adapters = frozenset(self._adapters)
+        self._model.load_adapter(digest, path)
 
     def unload_adapter(self, digest: str) -> None:
-        """Detach everything, then free: the context must hold no pointer to what is gone."""
-        if digest not in self._adapters:
-            return
+        self._model.unload_adapter(digest)
+
+    def _detach(self) -> None:
         self._attach(())
-        native.llama_adapter_lora_free(self._adapters.pop(digest))
-        self.adapters = frozenset(self._adapters)
 
     def _attach(self, adapters: AdapterVector) -> None:
         """The whole vector of the next step: what is not named is detached. Costs about 4 ms at the next decode."""
         number = len(adapters)
-        handles = (native.llama_adapter_lora_p_ctypes * number)(*(self._adapters[digest] for digest, _ in adapters))
+        handles = (native.llama_adapter_lora_p_ctypes * number)(
+            *(self._model.adapters[digest] for digest, _ in adapters)
+        )
         scales = (ctypes.c_float * number)(*(scale for _, scale in adapters))
         status = native.llama_set_adapters_lora(self._context, handles, number, scales)
         if status != 0:
@@ -269,8 +282,8 @@ class LlamaBackend:
         self._is_freed = True
         for slot_id in tuple(self._samplers):
             self.close(slot_id)
-        native.llama_free(self._context)
-        native.llama_model_free(self._model)  # and the adapters, which belong to it
+        with self._model.leaving(self._detach):
+            native.llama_free(self._context)
 
     def _measure(self) -> None:
         """Measure what steps cost, with one sequence in slot 0, and empty the slot again."""
@@ -281,7 +294,7 @@ class LlamaBackend:
 
         most = min(self.max_step_tokens, self.n_ctx)
         self.cost = measure(step, most=most)
-        self.abilities = abilities.probe(self._model, self._context, self._fill)
+        self.abilities = abilities.probe(self._model.native, self._context, self._fill)
         native.llama_memory_seq_rm(self._memory, 0, -1, -1)
         logger.info("cost of a step, (tokens, seconds): %s", self.cost.points)
 

@@ -236,6 +236,15 @@ def test_progress_is_an_event_at_the_start_and_one_when_the_prompt_is_done(site:
     assert not any("prompt_progress" in each for each in stream(site.client(site.cast.alice)))
 
 
+def test_timings_come_with_each_token_where_they_are_wanted(site: InProcessSite) -> None:
+    *parts, last = stream(site.client(site.cast.alice), timings_per_token=True)
+    found = [part["timings"] for part in parts]
+    assert [each["predicted_n"] for each in found] == [part["tokens_predicted"] for part in parts]
+    assert {each["cache_n"] + each["prompt_n"] for each in found} == {4}
+    assert set(found[0]) == set(last["timings"])
+    assert "timings" not in stream(site.client(site.cast.alice))[0]
+
+
 def test_response_fields_select(site: InProcessSite) -> None:
     alice = site.client(site.cast.alice)
     fields = ["content", "generation_settings/n_predict", "generation_settings/none", "content/deeper"]
@@ -244,6 +253,7 @@ def test_response_fields_select(site: InProcessSite) -> None:
     assert body["generation_settings/n_predict"] == 8
     last = stream(alice, response_fields=["stop_type"])[-1]
     assert last == {"stop_type": "limit"}
+    assert complete(alice, "one two", response_fields=[]).json()["prompt"] == "one two"
     error_of(complete(alice, response_fields=["content"] * 65), 400)
 
 

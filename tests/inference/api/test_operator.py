@@ -169,6 +169,14 @@ def test_models_are_listed_and_changed(
     assert site.client(site.cast.bob).generate(model="second").status_code == 200
     assert site.client(site.cast.alice).generate(model="second").status_code == 404
     assert operator.patch(f"/v1/admin/models/{listed[MODEL]['id']}", json={"n_ctx": 1}).status_code == 422
+    drafts = operator.patch(f"/v1/admin/models/{listed[MODEL]['id']}", json={"draft_kind": "prompt_lookup"})
+    assert (drafts.status_code, drafts.json()["draft_kind"], drafts.json()["draft_model"]) == (
+        200,
+        "prompt_lookup",
+        None,
+    )
+    for wrong in ({"draft_model": "nobody"}, {"draft_n_max": 65}, {"draft_kind": "model"}):
+        assert operator.patch(f"/v1/admin/models/{listed[MODEL]['id']}", json=wrong).status_code == 422
     assert operator.delete(f"/v1/admin/models/{listed[OTHER_MODEL]['id']}").status_code == 204
     assert operator.get("/v1/admin/models").json()["total"] == 1
 

@@ -1,0 +1,166 @@
+"""GET /slots and POST /slots/{id}?action=save|restore|erase: a tenant's own slots of one model, by its own numbers.
+
+https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md. The hop checks and finds the worker; its
+answer is awaited on the event loop. An operator's key sees every slot, as the worker numbers them, and never a prompt.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, get_args
+
+from django.conf import settings
+from django.http import HttpResponse
+from drf_spectacular.utils import OpenApiParameter, extend_schema
+from rest_framework.request import Request
+
+from accounts.refusals import Refusal
+from inference import admission, registry, slot_actions
+from inference.api.async_view import Later, json_response
+from inference.api.llamacpp.model_views import MODEL, ModelView
+from inference.api.llamacpp.slot_schemas import SlotActionReply, SlotFileBody, SlotsReply, is_label
+from inference.models import ServedModel
+from inference.registry import Served
+from inference.slot_actions import WAIT_SECONDS, Action, SlotOrder
+
+OPERATOR = "operator"
+LIST_SECONDS = 2.0
+ACTIONS = [action for action in get_args(Action) if action != "list"]
+
+
+class SlotsView(ModelView):
+    """What runs in the slots, and how much they hold."""
+
+    route = "/slots"
+    scopes = ("generate", OPERATOR)
+
+    @extend_schema(
+        operation_id="slots",
+        summary="Slots of a model",
+        parameters=[
+            MODEL,
+            OpenApiParameter("fail_on_no_slot", str, OpenApiParameter.QUERY, description="1: 503 if none is free."),
+        ],
+        responses=SlotsReply,
+    )
+    def get(self, request: Request) -> Later:
+        principal = self.admit_to_view()
+        served = registry.resolve(request.query_params.get("model"), principal)
+        worker_id, _ = slot_actions.worker_of(served)
+        sees_all = OPERATOR in principal.scopes
+        order = SlotOrder(
+            action="list",
+            model_id=served.id,
+            tenant_id=None if sees_all else principal.tenant_id,
+            wait_seconds=LIST_SECONDS,
+        )
+        n_ctx = served.n_ctx if sees_all else admission.context_of(principal, served)
+        must_be_free = request.query_params.get("fail_on_no_slot") == "1"
+        return Later(partial(_list, worker_id, order, served, n_ctx, must_be_free), abandon=_nothing)
+
+
+async def _list(worker_id: str, order: SlotOrder, served: Served, n_ctx: int, must_be_free: bool) -> HttpResponse:
+    answer = await slot_actions.ask(worker_id, order)
+    key = "slot_id" if order.tenant_id is None else "number"
+    known = {report[key]: report for report in answer["slots"]}
+    drafts = served.draft_kind != ServedModel.DraftKind.NONE
+    slots = [_slot(number, n_ctx, drafts, known.get(number)) for number in range(served.num_slots)]
+    if order.tenant_id is None:
+        for slot in slots:
+            slot["tenant"] = known[slot["id"]]["tenant"] if slot["id"] in known else None
+    if must_be_free and all(slot["is_processing"] for slot in slots):
+        raise Refusal("service_unavailable", "No slot is free.", retry_after=1)
+    return json_response(slots)
+
+
+def _slot(number: int, n_ctx: int, drafts: bool, report: dict[str, Any] | None) -> dict[str, Any]:
+    slot: dict[str, Any] = {
+        "id": number,
+        "n_ctx": n_ctx,
+        "speculative": drafts,
+        "is_processing": bool(report and report["request_id"]),
+    }
+    if report is None:
+        return slot
+    slot["n_held"] = report["num_held"]
+    if report["request_id"]:
+        decoded, left = report["num_decoded"], report["num_remaining"]
+        slot.update(
+            id_task=report["request_id"],
+            n_prompt_tokens=report["num_prompt"],
+            n_prompt_tokens_processed=report["num_processed"],
+            n_prompt_tokens_cache=report["num_cached"],
+            params={"n_predict": decoded + left, "max_tokens": decoded + left},
+            next_token=[{"has_next_token": left > 0, "n_remain": left, "n_decoded": decoded}],
+        )
+    return slot
+
+
+class SlotActionView(ModelView):
+    """What a slot holds, saved, restored or erased; a busy slot is waited for."""
+
+    route = "/slots/{id_slot}"
+
+    @extend_schema(
+        operation_id="slot_action",
+        summary="Save, restore or erase a slot",
+        parameters=[
+            MODEL,
+            OpenApiParameter("action", str, OpenApiParameter.QUERY, required=True, enum=ACTIONS),
+            OpenApiParameter("id_slot", str, OpenApiParameter.PATH),
+        ],
+        request=SlotFileBody,
+        responses=SlotActionReply,
+    )
+    def post(self, request: Request, id_slot: str) -> Later:
+        if not settings.CONFIG.slot_disk_mb:
+            raise Refusal("capability_disabled", "This server does not save slots: SLOT_DISK_MB is 0.")
+        principal = self.admit_to_view()
+        served = registry.resolve(request.query_params.get("model"), principal)
+        number = _number(id_slot, served)
+        action = request.query_params.get("action", "")
+        if action not in ACTIONS:
+            raise Refusal("bad_request", f"Invalid action: use one of {', '.join(ACTIONS)}.")
+        label = "" if action == "erase" else self._label()
+        worker_id, report = slot_actions.worker_of(served)
+        if why := (report.get("cannot") or {}).get("save"):
+            raise Refusal("capability_disabled", f"This model's slots cannot be saved: {why}.")
+        order = SlotOrder(
+            action=action,  # type: ignore[arg-type]  # one of ACTIONS
+            model_id=served.id,
+            tenant_id=principal.tenant_id,
+            number=number,
+            label=label,
+            wait_seconds=WAIT_SECONDS,
+        )
+        return Later(partial(_act, worker_id, order), abandon=_nothing)
+
+    def _label(self) -> str:
+        body = self.parse(SlotFileBody)
+        if not is_label(body.filename):
+            raise Refusal("bad_request", "Invalid filename")
+        return body.filename
+
+
+def _number(text: str, served: Served) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < served.num_slots):
+        raise Refusal("bad_request", f"Invalid slot ID: this model has 0 to {served.num_slots - 1}.")
+    return int(text)
+
+
+async def _act(worker_id: str, order: SlotOrder) -> HttpResponse:
+    answer = await slot_actions.ask(worker_id, order)
+    content: dict[str, Any] = {"id_slot": order.number}
+    if order.action == "erase":
+        content["n_erased"] = answer["tokens"]
+    elif order.action == "save":
+        content |= {"filename": order.label, "n_saved": answer["tokens"], "n_written": answer["bytes"]}
+        content["timings"] = {"save_ms": answer["ms"]}
+    else:
+        content |= {"filename": order.label, "n_restored": answer["tokens"], "n_read": answer["bytes"]}
+        content["timings"] = {"restore_ms": answer["ms"]}
+    return json_response(content)
+
+
+def _nothing() -> None:
+    """Nothing was taken."""
