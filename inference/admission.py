@@ -141,6 +141,9 @@ def _as_served(principal: Principal, order: GenerateOrder, served: Served) -> Ge
     slot_id = order.decoding.slot_id
     if slot_id is not None and not 0 <= slot_id < served.num_slots:
         raise Refusal("bad_request", f"There is no slot {slot_id}: this model has 0 to {served.num_slots - 1}.")
+    if order.shown_texts:
+        shown = tokenizer_pool().control_tokens(served, order.shown_texts)
+        order = replace(order, sampling=replace(order.sampling, shown_tokens=shown))
     shifts = served.context_shift and order.max_tokens is not None and context_of(principal, served) == served.n_ctx
     if order.decoding.context_shift and not shifts:
         return replace(order, decoding=replace(order.decoding, context_shift=False))

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from accounts.refusals import Refusal
-from inference.structured import GrammarError, SchemaError, to_grammar, validate
+from inference.structured import GrammarError, SchemaError, compile_fitting, to_grammar, validate
 from inference.tokenizers.pool import HasVocabulary, TokenizerPool, grammar_pool
 
 MAX_VERDICTS = 4096
@@ -25,10 +25,13 @@ BAD_SECONDS = 600.0
 """A grammar that was refused is tried again after this: the machine may only have been busy."""
 
 
-def grammar_from(grammar: str | None, json_schema: dict[str, Any] | None) -> str | None:
+def grammar_from(
+    grammar: str | None, json_schema: dict[str, Any] | None, *, max_chars: int | None = None
+) -> str | None:
     """What SamplingParams.grammar is to be: GBNF, or None where the request wants no form. At most one may be given.
 
     grammar: GBNF of the client; "" is none, as in llama.cpp. json_schema: a JSON Schema; {} is any JSON value.
+    max_chars: what an answer in the schema should not exceed, about max_tokens; else the usual bounds hold.
     Raises Refusal "invalid_grammar" (extra: field, reason, line, column) or "invalid_schema" (extra: field, reason,
     path: a JSON pointer into the schema), both 400. What it returns is within the bounds of inference/structured.
     """
@@ -40,7 +43,7 @@ def grammar_from(grammar: str | None, json_schema: dict[str, Any] | None) -> str
             reason="both_given",
         )
     if json_schema is not None:
-        return _compiled(json_schema)
+        return _compiled(json_schema, max_chars)
     return _checked(grammar) if grammar else None
 
 
@@ -59,13 +62,13 @@ def _checked(grammar: str) -> str:
     return grammar
 
 
-def _compiled(schema: dict[str, Any]) -> str:
+def _compiled(schema: dict[str, Any], max_chars: int | None) -> str:
     try:
         key = orjson.dumps(schema)  # in the order of its properties, which the answer's follow
     except (TypeError, ValueError, RecursionError) as error:
         raise _schema_refusal("invalid", "", "the schema holds what JSON cannot") from error
     try:
-        return _compile(key)
+        return _compile(key, max_chars)
     except SchemaError as error:
         raise _schema_refusal(error.code, error.pointer, error.message) from error
 
@@ -88,8 +91,9 @@ def _validate(grammar: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _compile(schema: bytes) -> str:
-    return to_grammar(orjson.loads(schema))
+def _compile(schema: bytes, max_chars: int | None) -> str:
+    document = orjson.loads(schema)
+    return to_grammar(document) if max_chars is None else compile_fitting(document, max_chars).grammar
 
 
 # What llama.cpp says to it

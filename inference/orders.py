@@ -23,6 +23,8 @@ class GenerateOrder:
     """None: as many as the context and the plan allow. 0: the prompt alone is computed, and held for those to come."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decoding: Decoding = field(default_factory=Decoding)
+    shown_texts: tuple[str, ...] = ()
+    """Where the model has one of these as a control token, it is part of the answer's text (ToolPlan.shown_texts)."""
     stop: tuple[str, ...] = ()
     adapters: Wanted | None = None
     """Adapters by name or by llama.cpp's id; None: nothing was said, the tenant's default."""

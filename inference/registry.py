@@ -138,17 +138,14 @@ class Served:
         return self.n_slots * self.n_lanes
 
     def template_for(self, prompt: ChatPrompt) -> ChatTemplate:
-        """The template that renders this conversation. Raises Refusal where none can show all of it."""
+        """The template that renders this conversation. Tools and calls that it does not show become plain text
+        (chat/tool_text.py). Raises Refusal where there is none."""
         template = (self.chat_with_tools if prompt.tools else None) or self.chat
         if template is None:
             raise Refusal(
                 "capability_not_supported",
                 f"The model {self.name!r} has no chat template that can be used: send a prompt instead of messages.",
             )
-        if prompt.tools and not template.has_tools:
-            raise Refusal("capability_not_supported", f"The chat template of {self.name!r} shows no tools.")
-        if not template.has_tool_calls and any(message.tool_calls for message in prompt.messages):
-            raise Refusal("capability_not_supported", f"The chat template of {self.name!r} shows no calls of tools.")
         return template
 
 

@@ -150,6 +150,8 @@ def _sampling(values: dict[str, Any]) -> SamplingParams:
     for name, value in values.items():
         if name == "logit_bias" and isinstance(value, list):
             values[name] = tuple((int(token), -math.inf if bias is None else float(bias)) for token, bias in value)
+        elif name == "shown_tokens" and isinstance(value, list):
+            values[name] = _whole_numbers(value)
         else:
             values[name] = _parameter(name, value, DEFAULTS)
     return SamplingParams(**values)
@@ -181,6 +183,12 @@ def _parameter(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
 def _strings(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise TicketError("a list of strings was expected in the ticket")
+    return tuple(value)
+
+
+def _whole_numbers(value: list[Any]) -> tuple[int, ...]:
+    if not all(type(item) is int for item in value):
+        raise TicketError("a list of whole numbers was expected in the ticket")
     return tuple(value)
 
 

@@ -133,7 +133,9 @@ class Config(BaseSettings):
     default_max_tokens: int = Field(
         512, ge=1, le=1 << 20, description="Output bound of a native request that names none."
     )
-    default_temperature: float = Field(0.7, ge=0, le=5, description="Temperature of a native request that names none.")
+    default_temperature: float = Field(
+        0.7, ge=0, le=5, description="Temperature of a native or OpenAI request that names none."
+    )
     redis_outage_policy: Literal["closed", "open"] = Field(
         "closed",
         description="Requests per minute while Redis does not answer: `closed` refuses with 503, `open` lets a bounded "

@@ -97,7 +97,8 @@ async def _parts(response: StreamingHttpResponse) -> AsyncGenerator[bytes]:
 
 
 async def _say_last_words(response: HttpResponseBase | None, send: Send) -> None:
-    words: bytes = getattr(response, "last_words", b"")
+    last_words: Callable[[], bytes] = getattr(response, "last_words", bytes)
+    words = last_words()
     if words:
         await send({"type": "http.response.body", "body": words, "more_body": True})
         await send({"type": "http.response.body", "body": b""})

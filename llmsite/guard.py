@@ -35,6 +35,8 @@ ABORT = "llmsite.abort"
 CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 MAX_HEADER_BYTES = 64 * 1024
 MAX_DRAINED_BYTES = 16 * 1024 * 1024
+OPENAI_PATHS = ("/v1/chat/", "/v1/completions", "/v1/models", "/chat/")
+"""Whose clients look for an error in `error`."""
 STATUS_CLIENT_GONE = 499
 """Only ever logged: nobody is left to read a status."""
 
@@ -160,6 +162,9 @@ class Exchange:
         content: dict[str, Any] = {"code": code, "message": message, "request_id": self.request_id}
         if extra:
             content["extra"] = extra
+        if self.scope["path"].startswith(OPENAI_PATHS):
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            content["error"] = {"message": message, "type": kind, "param": None, "code": code}
         body = orjson.dumps(content)
         headers = [
             (b"content-type", b"application/json"),

@@ -104,6 +104,9 @@ class BlankTokenizers:
     def decode(self, model: Any, tokens: Any, *, special: bool = False) -> str:
         return " ".join(self.words.get(token, f"<{token}>") for token in tokens)
 
+    def control_tokens(self, model: Any, texts: Any) -> tuple[int, ...]:
+        return ()
+
     def fill_tokens(self, model: Any) -> dict[str, int | None]:
         return dict(self.fill)
 

@@ -7,7 +7,8 @@ the end of every view of the API (async_view.py, and DRF's EXCEPTION_HANDLER for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -79,7 +80,7 @@ STATUS: dict[str, int] = {
 """Every code that any room may refuse with; a test holds it against the source."""
 
 NEVER_RETRY = frozenset({"quota_exhausted", "request_cancelled", "conflict"})
-"""Clients that retry 409 and 429 by themselves are told not to."""
+"""Clients that retry 409 and 429 by themselves are told not to; nor where a limit never frees."""
 
 OUTAGES = (
     OperationalError,
@@ -169,8 +170,147 @@ class LlamaErrors:
         return f"Field '{first['field']}': {self.WORDS.get(first['type'], first['message'])}"
 
 
+class OpenAIErrors:
+    """OpenAI's: {"error": {"message", "type", "param", "code"}}. prompt: the field of what is said to a model."""
+
+    BAD_REQUESTS = frozenset({"validation_error"})
+    CODES: Mapping[str, str | None] = {
+        "quota_exhausted": "insufficient_quota",
+        "queue_full": "server_is_overloaded",
+        "queue_timeout": "server_is_overloaded",
+        "llm_not_loaded": "model_loading",
+        "internal_error": None,
+    }
+    """Where its clients know another word."""
+    PARAMS: Mapping[str, str] = {"model_not_found": "model", "adapter_not_found": "adapters"}
+    OF_THE_PROMPT = frozenset(
+        {
+            "context_length_exceeded",
+            "empty_prompt",
+            "prompt_not_tokenizable",
+            "tokenizer_failed",
+            "invalid_token",
+            "chat_template_refused",
+            "chat_template_failed",
+        }
+    )
+
+    def __init__(self, prompt: str | None = None) -> None:
+        self._prompt = prompt
+
+    def status(self, code: str) -> int:
+        if code in self.BAD_REQUESTS:
+            return 400
+        return 429 if code == "quota_exhausted" else STATUS.get(code, 500)  # its clients know no 402
+
+    def body(self, refusal: Refusal, request_id: str) -> bytes:
+        return orjson.dumps({"error": self.error(refusal)}, default=str)
+
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        return {
+            "message": self._message(refusal),
+            "type": self._type(refusal),
+            "param": self._param(refusal),
+            "code": self._code(refusal),
+        }
+
+    def _code(self, refusal: Refusal) -> str | None:
+        if refusal.code != "validation_error":
+            return self.CODES.get(refusal.code, refusal.code)
+        kind = str((refusal.extra.get("fields") or [{}])[0].get("type", ""))
+        if kind == "missing":
+            return "missing_required_parameter"
+        return "invalid_type" if kind.endswith("_type") else "invalid_value"
+
+    def _type(self, refusal: Refusal) -> str:
+        status = self.status(refusal.code)
+        if refusal.code == "quota_exhausted":
+            return "insufficient_quota"
+        if status == 429:
+            return "tokens" if "token" in str(refusal.extra.get("limit", "")) else "requests"
+        if status >= 500:
+            return "server_error"
+        return "permission_error" if status == 403 else "invalid_request_error"
+
+    def _param(self, refusal: Refusal) -> str | None:
+        if fields := refusal.extra.get("fields"):
+            return path_of(fields[0]["loc"])
+        named = refusal.extra.get("field") or self.PARAMS.get(refusal.code)
+        return named or (self._prompt if refusal.code in self.OF_THE_PROMPT else None)
+
+    def _message(self, refusal: Refusal) -> str:
+        facts = refusal.extra
+        match refusal.code:
+            case "invalid_api_key":
+                return "Incorrect API key provided."
+            case "model_not_found" if "model" in facts:
+                return f"The model `{facts['model']}` does not exist or you do not have access to it."
+            case "quota_exhausted":
+                return f"You exceeded your current quota, please check your plan and billing details. {refusal.message}"
+            case "context_length_exceeded" if "n_ctx" in facts:
+                return (
+                    f"This model's maximum context length is {facts['n_ctx']} tokens. However, your "
+                    f"{self._prompt or 'prompt'} resulted in {facts['n_prompt_tokens']} tokens."
+                )
+            case "rate_limit_exceeded" if refusal.retry_after is not None:
+                return _rate_message(facts, whole_seconds(refusal.retry_after)) or refusal.message
+            case "validation_error" if facts.get("fields"):
+                place = path_of(facts["fields"][0]["loc"])
+                return f"Invalid '{place}': {facts['fields'][0]['message']}." if place else refusal.message
+        return refusal.message
+
+
+def _rate_message(facts: Mapping[str, Any], seconds: int) -> str | None:
+    """In the words that clients look for."""
+    limit = facts.get("value")
+    match facts.get("limit"):
+        case "requests_per_minute":
+            what, used, needed = "requests per min (RPM)", limit, 1
+        case "tokens_per_minute":
+            what, used, needed = "tokens per min (TPM)", facts["value"] - facts["available"], facts["needed"]
+        case _:
+            return None
+    return (
+        f"Rate limit reached on {what}: Limit {limit}, Used {used}, Requested {needed}. Please try again in {seconds}s."
+    )
+
+
+FIELD_NAME = re.compile(r"[a-z][a-z0-9_.]*")
+FORMS = frozenset({"str", "int", "float", "bool", "pairs", "by_id"})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+
+def path_of(loc: Sequence[str]) -> str | None:
+    """The field of the body as its sender knows it: messages[0].content, and no names of forms it could have had."""
+    path = ""
+    for place, part in enumerate(loc):
+        if part.isdigit() and path:
+            path += f"[{part}]"
+        elif place == 2 and loc[0] == "messages" and part in ROLES:
+            continue  # the form of a message is chosen by its role
+        elif part in FORMS or not FIELD_NAME.fullmatch(part):
+            break
+        else:
+            path += f".{part}" if path else part
+    return path or None
+
+
+class EveryErrors:
+    """For what several dialects have in common: the native shape, and OpenAI's `error` in it."""
+
+    def status(self, code: str) -> int:
+        return OPENAI.status(code)
+
+    def body(self, refusal: Refusal, request_id: str) -> bytes:
+        native: dict[str, Any] = orjson.loads(NATIVE.body(refusal, request_id))
+        return orjson.dumps({**native, "error": OPENAI.error(refusal)}, default=str)
+
+
 NATIVE = NativeErrors()
 LLAMA = LlamaErrors()
+OPENAI = OpenAIErrors()
+OPENAI_CHAT, OPENAI_COMPLETIONS = OpenAIErrors("messages"), OpenAIErrors("prompt")
+EVERY = EveryErrors()
 
 
 def whole_seconds(seconds: float) -> int:
@@ -184,7 +324,7 @@ def refusal_headers(refusal: Refusal, status: int) -> dict[str, str]:
         headers["Retry-After"] = str(whole_seconds(refusal.retry_after))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if refusal.code in NEVER_RETRY:
+    if refusal.code in NEVER_RETRY or (status == 429 and refusal.retry_after is None):
         headers["x-should-retry"] = "false"
     return headers
 
@@ -272,6 +412,11 @@ def field_error(loc: tuple[int | str, ...], message: str, kind: str) -> dict[str
 def validation_refusal(fields: list[dict[str, Any]]) -> Refusal:
     first = f"{fields[0]['field']}: {fields[0]['message']}" if fields else "the body is not as documented"
     return Refusal("validation_error", f"The request is not valid: {first}", stage="request_validation", fields=fields)
+
+
+def wrong_field(field: str, message: str) -> Refusal:
+    """For what fields say together: the validators of a whole form cannot name one of them."""
+    return validation_refusal([field_error((field,), message, "value_error")])
 
 
 def _drf_fields(detail: Any, loc: tuple[str | int, ...] = ()) -> list[dict[str, Any]]:

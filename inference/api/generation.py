@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from django.http import HttpRequest, HttpResponseBase
 from drf_spectacular.utils import OpenApiParameter
@@ -47,7 +47,7 @@ def answer_headers(ending: Ending, *, cached: bool, clamped: bool = False) -> di
 class GenerationView(AsyncAPIView):
     """Counted in llm_api_request_total and its latency, up to the last byte of a stream."""
 
-    scopes = ("generate",)
+    scopes: ClassVar[tuple[str, ...]] = ("generate",)
 
     async def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:  # type: ignore[override]
         started_at = time.perf_counter()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 from accounts.refusals import Refusal
 from inference.admission import Admitted, CachedAnswer
@@ -28,8 +29,11 @@ async def open_part_stream(
     frames_of: FramesOf,
     *,
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    closing: Callable[[], bytes] = bytes,
 ) -> EventStream:
-    """As streaming.open_stream: a failure before the first frame has a status. Raises Refusal."""
+    """As streaming.open_stream: a failure before the first frame has a status. closing: what is said behind the end of
+    all parts. Raises Refusal.
+    """
     merged = _Merged(parts, first, frames_of)
     waiting = asyncio.ensure_future(merged.next())
     try:
@@ -42,9 +46,9 @@ async def open_part_stream(
         raise
     words = frames_of(0, first)
     response = EventStream(
-        with_keep_alive(_frames(merged, waiting, words), keep_alive_seconds),
+        with_keep_alive(_frames(merged, waiting, words, closing), keep_alive_seconds),
         abandon=merged.stop,
-        last_words=words.error(RESTARTING),
+        last_words=partial(words.error, RESTARTING),
     )
     response.headers["x-cache"] = "hit" if isinstance(first, CachedAnswer) else "miss"
     if isinstance(first, Admitted) and first.clamped:
@@ -104,12 +108,16 @@ class _Merged:
             await self._queue.put(frames.end(ending, event.id))
 
 
-async def _frames(merged: _Merged, waiting: asyncio.Future[bytes | None], words: Frames) -> AsyncGenerator[bytes]:
+async def _frames(
+    merged: _Merged, waiting: asyncio.Future[bytes | None], words: Frames, closing: Callable[[], bytes]
+) -> AsyncGenerator[bytes]:
     try:
         said = await waiting
         while said is not None:
             yield said
             said = await merged.next()
+        if last := closing():
+            yield last
     except Refusal as refusal:
         yield words.error(refusal)
     finally:

@@ -50,12 +50,14 @@ async def with_keep_alive(frames: AsyncGenerator[bytes], seconds: float) -> Asyn
 class EventStream(StreamingHttpResponse):
     """A stream of frames. `abandon` is called once if it ends before its frames do, from the event loop's thread.
 
-    last_words is what a client reads when the server itself stops in the middle.
+    last_words says what a client reads when the server itself stops in the middle.
     """
 
     on_end: Callable[[], None] | None = None
 
-    def __init__(self, frames: AsyncGenerator[bytes], *, abandon: Callable[[], None], last_words: bytes = b"") -> None:
+    def __init__(
+        self, frames: AsyncGenerator[bytes], *, abandon: Callable[[], None], last_words: Callable[[], bytes] = bytes
+    ) -> None:
         self.frames = frames
         self.last_words = last_words
         self.is_finished = False

@@ -26,7 +26,7 @@ Spoken = tuple[StreamEvent, bytes]
 
 
 class Frames(Protocol):
-    """How a dialect words the events of one request. started: nothing is sent where it has no words for it."""
+    """How a dialect words the events of one request. Nothing is sent of those that it has no words for."""
 
     def started(self, event: StreamEvent) -> bytes: ...
 
@@ -58,7 +58,7 @@ async def open_stream(
     response = EventStream(
         with_keep_alive(_frames(frames, first, events), keep_alive_seconds),
         abandon=partial(cancelling.cancel_soon, request_id),
-        last_words=frames.error(RESTARTING),
+        last_words=partial(frames.error, RESTARTING),
     )
     response.headers["x-cache"] = "miss"
     if admitted.clamped:
@@ -72,9 +72,7 @@ async def spoken(request_id: str, frames: Frames) -> AsyncGenerator[Spoken]:
         async for event in events:
             if event.kind == "finished":
                 yield event, b""
-            elif event.kind == "delta":
-                yield event, frames.delta(event)
-            elif said := frames.started(event):
+            elif said := frames.delta(event) if event.kind == "delta" else frames.started(event):
                 yield event, said
 
 

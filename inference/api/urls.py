@@ -13,6 +13,8 @@ from inference.api.llamacpp import slot_views as llama_slots
 from inference.api.llamacpp import template_views as llama_templates
 from inference.api.llamacpp import views as llama
 from inference.api.native import account_views, views
+from inference.api.openai import model_views as openai_models
+from inference.api.openai import views as openai
 from inference.api.operator import views as operator
 
 router = SimpleRouter(trailing_slash=False)
@@ -39,10 +41,16 @@ urlpatterns = [
     path("v1/generate", views.GenerateView.as_view(), name="generate"),
     path("v1/generate/batch", views.GenerateBatchView.as_view(), name="generate-batch"),
     path("v1/models", account_views.ModelsView.as_view(), name="models"),
+    path("models", account_views.ShortModelsView.as_view()),
     path("v1/me", account_views.MeView.as_view(), name="me"),
     path("v1/me/usage", account_views.UsageView.as_view(), name="me-usage"),
     re_path(rf"^v1/requests/{REQUEST_ID}$", account_views.RequestView.as_view(), name="request"),
     re_path(rf"^v1/requests/{REQUEST_ID}/cancel$", account_views.CancelView.as_view(), name="request-cancel"),
+    # OpenAI
+    path("v1/chat/completions", openai.ChatCompletionsView.as_view(), name="chat-completions"),
+    path("chat/completions", openai.ShortChatCompletionsView.as_view()),
+    path("v1/completions", openai.CompletionsView.as_view(), name="text-completions"),
+    re_path(r"^v1/models/(?P<model>.{1,300})$", openai_models.ModelView.as_view(), name="model"),
     # llama.cpp
     path("completion", llama.CompletionView.as_view(), name="completion"),
     path("completions", llama.CompletionsView.as_view()),

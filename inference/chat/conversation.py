@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from inference.chat.tool_text import with_calls_written, with_tools_listed
 from inference.chat.user_text import Marker
 
 Json = dict[str, Any]
@@ -20,13 +21,17 @@ def variables(prompt: Mapping[str, Any], traits: Mapping[str, Any], marker: Mark
     tail = ""
     if prompt.get("continue_final_message"):
         tail = marker.text(messages.pop()["content"] or "")
+    tools = prompt.get("tools") or []
+    if not traits.get("has_tool_calls", True):
+        messages = with_calls_written(messages)
+    if tools and not traits.get("has_tools", True):
+        messages, tools = with_tools_listed(messages, tools), []
     if not traits.get("has_system", True):
         messages = fold_system(messages)
-    tools = marker.value(prompt.get("tools") or []) or None
     named: Json = {
         **marker.value(prompt.get("variables") or {}),
         "messages": [_message(each, traits, marker) for each in messages],
-        "tools": tools,
+        "tools": marker.value(tools) or None,
         "documents": None,
         "add_generation_prompt": bool(
             prompt.get("add_generation_prompt", True) or prompt.get("continue_final_message")

@@ -173,6 +173,10 @@ class Backend(Protocol):
         """The bytes of a token's text; b"" for control tokens."""
         ...
 
+    def shown_piece(self, token: int) -> bytes:
+        """The same, and control tokens by their names."""
+        ...
+
     def is_end(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
         ...

@@ -503,7 +503,7 @@ class Engine:
             if self._backend.is_end(token):
                 reason = FinishReason.EOS
             else:
-                text += sequence.text.feed(self._backend.piece(token))
+                text += sequence.text.feed(self._piece(sequence, token))
                 reason = self._reason(sequence, token, now)
             if reason:
                 text += sequence.text.finish()
@@ -515,6 +515,10 @@ class Engine:
             self._finish(sequence, reason, now)
         elif self._is_full(sequence):
             self._shift(sequence)
+
+    def _piece(self, sequence: Sequence, token: int) -> bytes:
+        is_shown = token in sequence.request.sampling.shown_tokens
+        return self._backend.shown_piece(token) if is_shown else self._backend.piece(token)
 
     def _reason(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
         """Why the sequence ends after its latest token, if it does."""

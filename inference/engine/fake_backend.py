@@ -218,6 +218,9 @@ class FakeBackend:
     def piece(self, token: int) -> bytes:
         return PIECES[token]
 
+    def shown_piece(self, token: int) -> bytes:
+        return PIECES[token] or b"<end>"
+
     def is_end(self, token: int) -> bool:
         return token == END
 

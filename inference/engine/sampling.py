@@ -17,6 +17,7 @@ NUM_SEEDS = 2**32 - 1
 """Native seeds are 32 bits wide, and the highest value asks llama.cpp for a random one."""
 
 MIROSTAT_CANDIDATES = 100
+MAX_SHOWN = 64
 _INT32 = 2**31 - 1
 _FLOAT = 1e9
 _RANGES: dict[str, tuple[float, float]] = {
@@ -65,6 +66,8 @@ def check(params: SamplingParams, n_vocab: int) -> None:
             raise _invalid(f"{name} is {value}, it must be between {low:g} and {high:g}")
     if not 0 <= params.num_probs <= n_vocab:
         raise _invalid(f"num_probs is {params.num_probs}, the vocabulary has {n_vocab} tokens")
+    if len(params.shown_tokens) > MAX_SHOWN or not all(0 <= token < n_vocab for token in params.shown_tokens):
+        raise _invalid(f"shown_tokens are at most {MAX_SHOWN}, of 0 to {n_vocab - 1}")
     _check_samplers(params.samplers)
     _check_bias(params.logit_bias, n_vocab)
 

@@ -202,6 +202,10 @@ class Tokenizer:
         bos = native.llama_vocab_bos(vocab) if native.llama_vocab_get_add_bos(vocab) else -1
         return {name: _token_or_none(token) for name, token in {**found, "bos": bos}.items()}
 
+    def control_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Those of the texts that are special tokens here, which are not seen in an answer's text unless shown."""
+        return [self.special_tokens[text] for text in texts if text in self.special_tokens]
+
     def try_grammar(self, grammar: str) -> int:
         """Follow a grammar for a moment; see GrammarTrial.run."""
         if self._trial is None:
@@ -233,6 +237,7 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
     grammar: grammar -> num_tokens, of the text it was tried on
     info: -> the keys of Tokenizer.info
     fill_tokens: -> fill_tokens, as Tokenizer.fill_tokens
+    control_tokens: texts -> tokens
     """
     match request["op"]:
         case "encode":
@@ -249,6 +254,8 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             return tokenizer.info()
         case "fill_tokens":
             return {"fill_tokens": tokenizer.fill_tokens()}
+        case "control_tokens":
+            return {"tokens": tokenizer.control_tokens([str(text) for text in request["texts"]])}
         case unknown:
             raise EngineError("unknown_operation", f"unknown operation {unknown!r}")
 

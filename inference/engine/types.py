@@ -57,6 +57,8 @@ class SamplingParams:
     """None draws a fresh seed; the seed used is in the receipt."""
     grammar: str | None = None
     """GBNF that the answer must follow; checked before it comes here (inference/structured)."""
+    shown_tokens: tuple[int, ...] = ()
+    """Control tokens whose text is part of the answer: marks of a tool call, which are otherwise not seen."""
     num_probs: int = 0
     """Most probable tokens to report beside each one that is chosen; 0 reports nothing."""
     post_sampling_probs: bool = False

@@ -9,13 +9,14 @@ from inference.structured.json_schema import (
     Compiled,
     Options,
     SchemaError,
+    compile_fitting,
     compile_schema,
     compile_within,
     json_object_grammar,
     max_length,
     to_grammar,
 )
-from inference.structured.tool_calls import TOOL_CALL_FORMATS, compile_tool_calls, tool_call_grammar
+from inference.structured.tool_calls import TOOL_CALL_FORMATS, compile_tool_calls, fit_tool_calls, tool_call_grammar
 
 __all__ = [
     "GENERATED_LIMITS",
@@ -26,9 +27,11 @@ __all__ = [
     "Limits",
     "Options",
     "SchemaError",
+    "compile_fitting",
     "compile_schema",
     "compile_tool_calls",
     "compile_within",
+    "fit_tool_calls",
     "json_object_grammar",
     "max_length",
     "to_grammar",

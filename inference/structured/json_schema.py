@@ -32,8 +32,8 @@ from inference.structured.schema_forms import (
 )
 
 __all__ = [
-    "Bounds", "Compiled", "Options", "SchemaError", "compile_schema", "compile_within", "json_object_grammar",
-    "max_length", "to_grammar",
+    "Bounds", "Compiled", "Options", "SchemaError", "compile_fitting", "compile_schema", "compile_within",
+    "json_object_grammar", "max_length", "narrowed", "to_grammar",
 ]  # fmt: skip
 
 MAX_SCHEMA_BYTES = 16_384
@@ -118,8 +118,7 @@ def json_object_grammar(**options: Unpack[Options]) -> str:
 
 def compile_schema(schema: Schema, **options: Unpack[Options]) -> Compiled:
     """Both at once; raises SchemaError."""
-    rules = Rules()
-    return finish(rules, schema_piece(rules, schema, Bounds(**options)))
+    return _compile(schema, Bounds(**options))
 
 
 def compile_within(schema: Schema, num_chars: int, **options: Unpack[Options]) -> Compiled:
@@ -128,16 +127,34 @@ def compile_within(schema: Schema, num_chars: int, **options: Unpack[Options]) -
     Where the options are too wide, all bounds are halved, the schema's own maxLength and maxItems included, until the
     text fits. Raises SchemaError too_complex if the shortest bounds do not.
     """
-    compiled = compile_schema(schema, **options)
-    bounds = Bounds(**options)
+    compiled = narrowed(lambda bounds: _compile(schema, bounds), Bounds(**options), num_chars)
+    if compiled is None:
+        raise SchemaError("too_complex", "", f"answers may need more than the {num_chars} characters that are left")
+    return compiled
+
+
+def compile_fitting(schema: Schema, num_chars: int, **options: Unpack[Options]) -> Compiled:
+    """As compile_within, and with the bounds as they are where no bounds make it fit: an answer may then be cut."""
+    compiled = narrowed(lambda bounds: _compile(schema, bounds), Bounds(**options), num_chars)
+    return compiled or compile_schema(schema, **options)
+
+
+def narrowed(make: Callable[[Bounds], Compiled], bounds: Bounds, num_chars: int) -> Compiled | None:
+    """What is made with the widest bounds whose longest text has at most num_chars characters; None if there are
+    none."""
+    compiled = make(bounds)
     while compiled.max_length > num_chars:
         narrower = replace(bounds, **{name: max(1, getattr(bounds, name) // 2) for name in _NARROWED}, strict=True)
         if narrower == bounds:
-            message = f"answers may need {compiled.max_length} characters, {num_chars} are left"
-            raise SchemaError("too_complex", "", message)
-        bounds, rules = narrower, Rules()
-        compiled = finish(rules, schema_piece(rules, schema, bounds))
+            return None
+        bounds = narrower
+        compiled = make(bounds)
     return compiled
+
+
+def _compile(schema: Schema, bounds: Bounds) -> Compiled:
+    rules = Rules()
+    return finish(rules, schema_piece(rules, schema, bounds))
 
 
 _NARROWED = ("max_string", "max_items", "max_entries", "max_key", "max_recursion", "max_depth")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from inference.structured.json_schema import Bounds, Compiled, Options, finish, schema_piece
+from inference.structured.json_schema import Bounds, Compiled, Options, finish, narrowed, schema_piece
 from inference.structured.pieces import EMPTY, Piece, Rules, choice, literal, optional, repeat, sequence
 from inference.structured.schema_forms import SchemaError, at
 
@@ -88,12 +88,40 @@ def compile_tool_calls(
 
     Raises SchemaError with a pointer into the list of tools, ValueError for an unknown format.
     """
+    return _compile(tools, tool, format, Bounds(**options), MAX_CALLS if parallel else 1)
+
+
+def fit_tool_calls(
+    tools: Sequence[dict[str, Any]],
+    tool: str | None = None,
+    parallel: bool = False,
+    format: str = "chatml",
+    *,
+    num_chars: int | None = None,
+    **options: Unpack[Options],
+) -> Compiled:
+    """As compile_tool_calls, with no text longer than num_chars where that is possible, so that no answer is cut:
+    fewer calls first, then narrower bounds (compile_within). Where nothing fits, one call within the options."""
+    bounds = Bounds(**options)
+    if num_chars is None:
+        return _compile(tools, tool, format, bounds, MAX_CALLS if parallel else 1)
+    for num_calls in (MAX_CALLS, MAX_CALLS // 2, 2) if parallel else ():
+        compiled = _compile(tools, tool, format, bounds, num_calls)
+        if compiled.max_length <= num_chars:
+            return compiled
+    fitting = narrowed(lambda narrower: _compile(tools, tool, format, narrower, 1), bounds, num_chars)
+    return fitting or _compile(tools, tool, format, bounds, 1)
+
+
+def _compile(
+    tools: Sequence[dict[str, Any]], tool: str | None, format: str, bounds: Bounds, num_calls: int
+) -> Compiled:
     if format not in TOOL_CALL_FORMATS:
         raise ValueError(f"unknown tool call format {format!r}")
     functions = _functions(tools)
     if tool is not None and tool not in functions:
         raise SchemaError("invalid", "", f"there is no tool named {tool!r}")
-    rules, bounds, form = Rules(), Bounds(**options), TOOL_CALL_FORMATS[format]
+    rules, form = Rules(), TOOL_CALL_FORMATS[format]
     space = rules.name("space", optional(literal(" ")))
     newline = rules.name("newline", optional(Piece(r'"\n"', 1)))
     calls = [
@@ -101,13 +129,13 @@ def compile_tool_calls(
         for name, (schema, pointer) in functions.items()
         if tool is None or name == tool
     ]
-    return finish(rules, _row(rules, form, rules.name("call", choice(calls)), parallel))
+    return finish(rules, _row(rules, form, rules.name("call", choice(calls)), num_calls))
 
 
-def _row(rules: Rules, form: _Format, call: Piece, parallel: bool) -> Piece:
+def _row(rules: Rules, form: _Format, call: Piece, num_calls: int) -> Piece:
     between = Piece(r'"\n"', 1) if form.between == "\n" else literal(form.between)
-    following = rules.name("next-call", sequence(between, call))
-    more = repeat(following, 0, MAX_CALLS - 1) if parallel else EMPTY
+    following = rules.name("next-call", sequence(between, call)) if num_calls > 1 else EMPTY
+    more = repeat(following, 0, num_calls - 1)
     return sequence(literal(form.start), call, more, literal(form.end))
 
 

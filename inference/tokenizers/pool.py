@@ -35,6 +35,7 @@ MAX_REPLY_BYTES = 32 * 2**20
 START_TIMEOUT_SECONDS = 20.0
 MEMORY_BYTES = 4 * 2**30
 CHUNK = 65536
+MAX_KNOWN = 1024
 LENGTH = struct.Struct(">I")
 UNENDING = ("chat_template_failed", "The model's chat template does not come to an end on this conversation.")
 FAILURES = {"encode": ("tokenizer_failed", "This text cannot be tokenized."), "chat": UNENDING, "render": UNENDING}
@@ -211,6 +212,7 @@ class TokenizerPool:
         self._limits = [] if command else limits
         self._lock = threading.Lock()
         self._families: dict[str, _Family] = {}
+        self._control_tokens: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
 
     def encode(self, model: HasVocabulary, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         """The tokens of a text; nothing in it becomes special. add_special: with those that the model wants around it.
@@ -251,6 +253,18 @@ class TokenizerPool:
     def fill_tokens(self, model: HasVocabulary) -> dict[str, int | None]:
         """The model's tokens for fill-in-the-middle: pre, suf, mid, rep, sep, and bos where a prompt begins with it."""
         return dict(self.ask(model, {"op": "fill_tokens"})["fill_tokens"])
+
+    def control_tokens(self, model: HasVocabulary, texts: tuple[str, ...]) -> tuple[int, ...]:
+        """Which of the texts are special tokens of the model, for SamplingParams.shown_tokens. Asked once a model."""
+        key = (model.digest, texts)
+        found = self._control_tokens.get(key)
+        if found is None:
+            found = tuple(self.ask(model, {"op": "control_tokens", "texts": list(texts)})["tokens"])
+            with self._lock:
+                if len(self._control_tokens) >= MAX_KNOWN:
+                    self._control_tokens.clear()
+                self._control_tokens[key] = found
+        return found
 
     def info(self, model: HasVocabulary) -> dict[str, Any]:
         """n_vocab, bos_token, eos_token, eot_token, end_tokens, add_bos, add_eos, chat_template."""

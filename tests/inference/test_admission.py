@@ -107,6 +107,20 @@ def test_text_is_tokenized_and_tokens_are_taken_as_they_are(alice: Any, monkeypa
     assert admitted(principal_of(alice), prompt="to be or not").ticket.prompt == (2, 2, 2, 3)
 
 
+def test_texts_to_be_shown_become_the_model_s_tokens_before_the_cache_is_asked(
+    alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Marks:
+        def control_tokens(self, model: Any, texts: tuple[str, ...]) -> tuple[int, ...]:
+            return tuple(len(text) for text in texts)
+
+    monkeypatch.setattr(admission, "tokenizer_pool", Marks)
+    shown = admitted(principal_of(alice), shown_texts=("[A]", "<b/>"), use_cache=True).ticket
+    plain = admitted(principal_of(alice), use_cache=True).ticket
+    assert (shown.sampling.shown_tokens, plain.sampling.shown_tokens) == ((3, 4), ())
+    assert shown.cache_key != plain.cache_key
+
+
 # Its form
 
 

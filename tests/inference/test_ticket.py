@@ -108,6 +108,13 @@ def test_a_token_that_is_banned_stays_banned_on_the_way() -> None:
     assert Ticket.parse(ticket(sampling=sampling).header()).sampling == sampling
 
 
+def test_tokens_to_be_shown_survive_and_are_whole_numbers() -> None:
+    sent = ticket(sampling=SamplingParams(shown_tokens=(5, 7)))
+    assert Ticket.parse(sent.header()).sampling == sent.sampling
+    with pytest.raises(TicketError, match="whole numbers"):
+        Ticket.parse(sent.header().replace(b"[5,7]", b'[5,"7"]'))
+
+
 @pytest.mark.unit
 def test_how_a_sequence_is_run_survives_and_is_absent_where_nothing_was_said() -> None:
     decoding = Decoding(

@@ -49,6 +49,16 @@ def test_what_looks_like_a_special_token_stays_text(pool: TokenizerPool, model: 
     assert not special & set(tokens)
 
 
+def test_which_texts_are_special_tokens_is_asked_once(
+    pool: TokenizerPool, model: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("<repo_name>", "[TOOL_CALLS]", "<|im_end|>")
+    found = pool.control_tokens(model, texts)
+    assert [pool.decode(model, [token], special=True) for token in found] == ["<repo_name>", "<|im_end|>"]
+    monkeypatch.setattr(pool, "ask", None)
+    assert pool.control_tokens(model, texts) == found
+
+
 def test_a_tokenizer_answers_in_milliseconds(pool: TokenizerPool, model: Vocabulary) -> None:
     pool.encode(model, "warm up")
     started = time.perf_counter()

@@ -23,6 +23,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from inference.adapters import MAX_VECTOR
+from inference.api.errors import wrong_field
 from inference.api.native.schemas import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_LOGIT_BIASES,
@@ -153,8 +154,8 @@ class TextPrompt(BaseModel):
 Prompts = Annotated[list[Text | Pieces | TextPrompt], Field(max_length=MAX_PROMPTS)]
 
 
-class SamplingBody(BaseModel):
-    """What the routes of this dialect that generate have in common."""
+class SamplingFields(BaseModel):
+    """How to generate, in llama.cpp's words; OpenAI's dialect takes them beside its own."""
 
     model_config = STRICT
 
@@ -178,14 +179,9 @@ class SamplingBody(BaseModel):
     t_max_predict_ms: Annotated[int, Hard(-1, MAX_MILLISECONDS)] | None = Field(
         None, description="End after so much time of generating; up to 0 is no limit."
     )
-    n_indent: Annotated[int, Hard(0, 0)] | None = Field(None, description="0 alone: indentation is not watched.")
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     sse_ping_interval: Annotated[int, Hard(-1, 3600)] | None = Field(
         None, description="Seconds between comments that keep a stream alive; never more than 10."
-    )
-    return_progress: bool | None = Field(
-        None, description="In streams: an event when the prompt is begun and one when it is computed."
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Hard(-1, 0xFFFFFFFF)] | None = Field(None, description="-1 draws one.")
@@ -215,10 +211,6 @@ class SamplingBody(BaseModel):
     samplers: Annotated[list[Sampler], Field(max_length=16)] | None = None
     logit_bias: Biases | BiasesById | None = Field(None, description="Token ids with a bias; false is never.")
     ignore_eos: bool | None = None
-    n_probs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(
-        None, description="Most probable tokens to report beside each one that is chosen."
-    )
-    logprobs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(None, description="An alias of n_probs.")
     post_sampling_probs: bool | None = Field(None, description="Probabilities as the samplers left them.")
     grammar: Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS)] | None = Field(
         None, description="GBNF that the answer follows."
@@ -233,14 +225,7 @@ class SamplingBody(BaseModel):
     speculative_n_min: Annotated[int, Soft(0, MAX_DRAFT)] | None = Field(None, alias="speculative.n_min")
     speculative_n_max: Annotated[int, Soft(0, MAX_DRAFT)] | None = Field(None, alias="speculative.n_max")
     speculative_p_min: Annotated[float, Soft(0, 1)] | None = Field(None, alias="speculative.p_min")
-    n_cmpl: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Completions of each prompt.")
-    n: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="An alias of n_cmpl.")
-    return_tokens: bool | None = None
-    timings_per_token: bool | None = None
-    response_fields: Annotated[list[ResponseField], Field(max_length=MAX_RESPONSE_FIELDS)] | None = Field(
-        None, description="Of a whole answer these fields alone; `a/b` is field b of object a."
-    )
-    verbose: bool | None = Field(None, description="Taken, and without effect.")
+    n: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Completions of each prompt.")
     id_slot: Annotated[int, Hard(-1, MAX_SLOT_ID)] | None = Field(None, description="-1: the server chooses.")
 
     @property
@@ -251,11 +236,12 @@ class SamplingBody(BaseModel):
 
     @property
     def num_completions(self) -> int:
-        return self.n_cmpl or self.n or 1
+        return self.n or 1
 
     @property
     def num_probs(self) -> int:
-        return self.n_probs or self.logprobs or 0
+        """Each dialect has its own words for it."""
+        return 0
 
     @property
     def keep_alive_seconds(self) -> float:
@@ -269,11 +255,16 @@ class SamplingBody(BaseModel):
         """None where the request says nothing of adapters."""
         return None if self.lora is None else tuple((each.id, each.scale) for each in self.lora)
 
+    @property
+    def shifts_context(self) -> bool:
+        """Where the answer is bounded."""
+        return self.context_shift is not False
+
     def decoding(self) -> Decoding:
         """The context is shifted for an explicit n_predict alone, so that no answer is endless."""
         milliseconds = self.t_max_predict_ms or 0
         return Decoding(
-            context_shift=self.wanted_tokens >= 0 and self.context_shift is not False,
+            context_shift=self.wanted_tokens >= 0 and self.shifts_context,
             num_keep=self.n_keep or 0,
             num_discard=self.n_discard or 0,
             slot_id=None if self.id_slot in (None, -1) else self.id_slot,
@@ -296,6 +287,9 @@ class SamplingBody(BaseModel):
 
     def sampling(self) -> SamplingParams:
         """llama.cpp's defaults where nothing is said. Raises Refusal for a grammar that cannot be followed."""
+        return SamplingParams(**self.given_sampling(), num_probs=self.num_probs, grammar=self.answer_grammar())
+
+    def given_sampling(self) -> dict[str, Any]:
         given = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name, None)) is not None}
         if given.get("seed") in RANDOM_SEEDS:
             del given["seed"]
@@ -304,11 +298,16 @@ class SamplingBody(BaseModel):
                 given[name] = tuple(given[name])
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams(**given, num_probs=self.num_probs, grammar=grammar_from(self.grammar, self.json_schema))
+        return given
+
+    def answer_grammar(self) -> str | None:
+        return grammar_from(self.grammar, self.json_schema)
 
 
-class CompletionBody(SamplingBody):
-    """POST /completion."""
+class PromptFields(SamplingFields):
+    """One prompt or several, as OpenAI's completions and llama.cpp's both write them."""
+
+    model_config = STRICT
 
     prompt: Text | TextPrompt | Pieces | Prompts = Field(
         description="A text, token ids, texts and token ids in one array; or an array of such prompts."
@@ -328,14 +327,10 @@ class CompletionBody(SamplingBody):
     def _check_number(self) -> Self:
         prompts = self.prompts()
         if not 1 <= len(prompts) * self.num_completions <= MAX_ANSWERS or len(prompts) > MAX_PROMPTS:
-            raise PydanticCustomError(
-                "too_many_answers",
-                "Prompts: 1 to {prompts} in one request, and {answers} answers at most",
-                {"prompts": MAX_PROMPTS, "answers": MAX_ANSWERS},
-            )
+            raise wrong_field("prompt", f"1 to {MAX_PROMPTS} prompts in one request, and {MAX_ANSWERS} answers at most")
         mixed = [prompt for prompt in prompts if not isinstance(prompt, str)]
         if any(sum(isinstance(each, str) for each in prompt) > MAX_PIECES for prompt in mixed):
-            raise PydanticCustomError("too_many_texts", "A prompt has {most} texts at most", {"most": MAX_PIECES})
+            raise wrong_field("prompt", f"A prompt has {MAX_PIECES} texts at most")
         return self
 
     def prompts(self) -> list[Piece]:
@@ -346,6 +341,43 @@ class CompletionBody(SamplingBody):
         if len(nested) < len(self.prompt):
             return [tuple(each for each in self.prompt if isinstance(each, int | str))]
         return [_piece(each) for each in nested]
+
+
+class SamplingBody(SamplingFields):
+    """What the routes of this dialect that generate have in common."""
+
+    model_config = STRICT
+
+    n_indent: Annotated[int, Hard(0, 0)] | None = Field(None, description="0 alone: indentation is not watched.")
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = Field(
+        None, description="In streams: an event when the prompt is begun and one when it is computed."
+    )
+    n_probs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(
+        None, description="Most probable tokens to report beside each one that is chosen."
+    )
+    logprobs: Annotated[int, Hard(0, MAX_PROBS)] | None = Field(None, description="An alias of n_probs.")
+    n_cmpl: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Completions of each prompt.")
+    return_tokens: bool | None = None
+    timings_per_token: bool | None = None
+    response_fields: Annotated[list[ResponseField], Field(max_length=MAX_RESPONSE_FIELDS)] | None = Field(
+        None, description="Of a whole answer these fields alone; `a/b` is field b of object a."
+    )
+    verbose: bool | None = Field(None, description="Taken, and without effect.")
+
+    @property
+    def num_completions(self) -> int:
+        return self.n_cmpl or self.n or 1
+
+    @property
+    def num_probs(self) -> int:
+        return self.n_probs or self.logprobs or 0
+
+
+class CompletionBody(PromptFields, SamplingBody):
+    """POST /completion."""
+
+    model_config = STRICT
 
 
 def _is_prompt(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from django.http import HttpResponse
 from django.utils import timezone
-from drf_spectacular.utils import extend_schema
+from drf_spectacular.utils import extend_schema, extend_schema_view
 from redis import RedisError
 from rest_framework.request import Request
 
@@ -21,14 +21,17 @@ from accounts.usage import usage
 from inference import adapters, registry, settlement
 from inference.api import cancelling
 from inference.api.async_view import AsyncAPIView, json_response
+from inference.api.errors import EVERY
 from inference.api.health import worker_state
 from inference.api.native.schemas import (
     CancelReply,
+    ErrorReply,
     MeReply,
     ModelsReply,
     RequestReply,
     UsageReply,
 )
+from inference.api.openai.base import OpenAIView
 from inference.models import Receipt
 from inference.queue import WorkerInfo, ticket_queue
 from inference.registry import Served
@@ -52,9 +55,12 @@ RECEIPT_FIELDS = (
 )
 
 
-class ModelsView(AsyncAPIView):
-    """The models that this key may use, in OpenAI's and the native shape at once."""
+class ModelsView(OpenAIView):
+    """The models that this key may use, in OpenAI's and the native shape at once; errors too."""
 
+    tag = "native"
+    errors = EVERY
+    error_reply = ErrorReply
     route = "/v1/models"
     scopes = ("generate", "usage", "operator")
 
@@ -77,13 +83,18 @@ class ModelsView(AsyncAPIView):
         return json_response(content)
 
 
+@extend_schema_view(get=extend_schema(operation_id="models_short"))
+class ShortModelsView(ModelsView):
+    """The same where llama.cpp's server has it, too."""
+
+
 def _openai_models(model: Served, principal: Principal) -> list[dict[str, Any]]:
     """The model, and it again with each adapter that this tenant may use, under the names that requests can say."""
-    base = _openai_model(model)
+    base = openai_model(model)
     return [base, *({**base, "id": f"{model.name}:{each.name}"} for each in adapters.granted(principal, model))]
 
 
-def _openai_model(model: Served) -> dict[str, Any]:
+def openai_model(model: Served) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",

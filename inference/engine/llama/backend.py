@@ -161,6 +161,7 @@ class LlamaBackend:
             candidates=self._candidates,
             prefixes=self._prefixes,
             piece=self.piece,
+            shown_piece=self.shown_piece,
         )
 
     def copy(self, source_id: int, target_id: int) -> None:
@@ -260,6 +261,9 @@ class LlamaBackend:
         if piece is None:
             piece = self._pieces[token] = token_bytes(self._vocab, token)
         return piece
+
+    def shown_piece(self, token: int) -> bytes:
+        return token_bytes(self._vocab, token, special=True)
 
     def token_texts(self) -> list[bytes]:
         """What each token is written as, control tokens too: what makes a vocabulary."""

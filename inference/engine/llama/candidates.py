@@ -17,6 +17,7 @@ from inference.engine.llama.library import apply, apply_slowly, logits_address, 
 from inference.engine.llama.prefixes import Prefixes, Tokens
 
 Rows = npt.NDArray[np.void]
+NO_TOKENS: Tokens = np.zeros(0, np.int32)
 MANY = 2_000
 """To ask a grammar about so many tokens takes some tenths of a millisecond: other threads may go on meanwhile."""
 RECORD = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -63,8 +64,9 @@ class Candidates:
         """These tokens alone, as the model leaves them."""
         self._write(tokens, self.logits(context, row)[tokens])
 
-    def allowed(self, grammar: Any, prefixes: Prefixes | None) -> Tokens:
-        """The tokens that the grammar allows now; None: ask it about every single one."""
+    def allowed(self, grammar: Any, prefixes: Prefixes | None, shown: Tokens = NO_TOKENS) -> Tokens:
+        """The tokens that the grammar allows now; None: ask it about every single one. shown: some that are in no
+        prefixes, and have a text here."""
 
         def ask(tokens: Tokens) -> npt.NDArray[np.bool_]:
             self._write(tokens, 1.0)
@@ -72,7 +74,10 @@ class Candidates:
             verdict: npt.NDArray[np.bool_] = self._buffer["logit"][: len(tokens)] != -math.inf
             return verdict
 
-        return self._ids[ask(self._ids)] if prefixes is None else prefixes.allowed(ask)
+        if prefixes is None:
+            return self._ids[ask(self._ids)]
+        found = prefixes.allowed(ask)
+        return np.union1d(found, shown[ask(shown)]) if len(shown) else found
 
     def _write(self, tokens: Tokens, logits: npt.NDArray[np.float32] | float) -> None:
         self._buffer["id"][: len(tokens)] = tokens

@@ -65,12 +65,12 @@ logits_address.restype = ctypes.c_void_p
 piece = _with_gil(native.llama_token_to_piece)
 
 
-def token_bytes(vocab: Any, token: int) -> bytes:
-    """The text of a token as bytes; control tokens have none."""
+def token_bytes(vocab: Any, token: int, *, special: bool = False) -> bytes:
+    """The text of a token as bytes; control tokens have none, unless special."""
     size = 64
     while True:
         buffer = ctypes.create_string_buffer(size)
-        length = piece(vocab, token, buffer, size, 0, False)
+        length = piece(vocab, token, buffer, size, 0, special)
         if length >= 0:
             return buffer.raw[:length]
         size = -length

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ MAX_GRAMMAR_SECONDS = 1.0
 """Processor time of one choice under a grammar. Grammars are bounded and tried out before they come here; should one
 of them still explode in the middle of an answer, the answer ends and its neighbours go on."""
 
+_TEXTS = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#.*')
 NO_CANDIDATE = "no_candidate"
 DEAD_END = "grammar_dead_end"
 TOO_SLOW = "grammar_too_slow"
@@ -48,6 +50,7 @@ class SlotSampler:
         candidates: Candidates,
         prefixes: Prefixes,
         piece: Callable[[int], bytes],
+        shown_piece: Callable[[int], bytes],
     ) -> None:
         """The chain has then seen the prompt; the grammar begins with the answer. candidates: shared by all slots.
         prefixes: of the whole vocabulary.
@@ -58,7 +61,8 @@ class SlotSampler:
         self._end_tokens = np.array(end_tokens, np.int32)
         self._banned = _banned(steps)
         self._candidates = candidates
-        self._piece = piece
+        self._shown = np.array(sorted(set(params.shown_tokens)), np.int32)
+        self._piece = _showing(frozenset(params.shown_tokens), piece, shown_piece) if params.shown_tokens else piece
         self._num_probs = params.num_probs
         self._is_post = params.num_probs > 0 and params.post_sampling_probs
         self._is_greedy = steps[-1].name == "greedy"
@@ -70,7 +74,7 @@ class SlotSampler:
             if not self._grammar:
                 self.free()
                 raise EngineError("invalid_grammar", "llama.cpp refused the grammar")
-            if "<" not in params.grammar:  # else it may name tokens that have no text
+            if not _names_tokens(params.grammar):  # else tokens may count that have no text
                 self._prefixes = prefixes
         if window := sampling.memory_tokens(steps):
             for token in prompt[-window:]:
@@ -119,7 +123,7 @@ class SlotSampler:
         token = candidates.choose(self._chain)
         if self._grammar is None or (token is not None and self._allows(token)):
             return token
-        allowed = candidates.allowed(self._grammar, self._prefixes)
+        allowed = candidates.allowed(self._grammar, self._prefixes, self._shown)
         if not len(allowed):
             return None
         if np.isin(allowed, self._end_tokens).all():
@@ -168,6 +172,17 @@ class SlotSampler:
         native.llama_sampler_free(self._chain)
         if self._grammar:
             native.llama_sampler_free(self._grammar)
+
+
+def _showing(
+    shown: frozenset[int], piece: Callable[[int], bytes], shown_piece: Callable[[int], bytes]
+) -> Callable[[int], bytes]:
+    return lambda token: shown_piece(token) if token in shown else piece(token)
+
+
+def _names_tokens(grammar: str) -> bool:
+    """Whether it may name tokens (<...>): there is such a sign outside of its texts and classes."""
+    return "<" in grammar and "<" in _TEXTS.sub("", grammar)
 
 
 def _banned(steps: Sequence[SamplerStep]) -> npt.NDArray[np.int32]:

@@ -130,6 +130,14 @@ def test_a_conversation_becomes_a_prompt(
     assert response.json() == {"prompt": prompt}
 
 
+def test_tools_reach_a_model_whose_template_shows_none(site: InProcessSite) -> None:
+    messages = [HELLO, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "found"}]
+    prompt = apply(site.client(site.cast.alice), messages, tools=[TOOL]).json()["prompt"]
+    assert prompt.startswith("system : You can call the functions")
+    assert '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>' in prompt
+    assert "<tool_response>\nfound\n</tool_response>" in prompt
+
+
 @pytest.mark.parametrize(
     ("messages", "fields", "said"),
     [
@@ -146,8 +154,6 @@ def test_a_conversation_becomes_a_prompt(
         ([HELLO], {"chat_template_kwargs": {"a": 1 << 70}}, "number that is too large"),
         ([HELLO], {"tools": [{**TOOL, "type": "other"}]}, "function"),
         ([HELLO], {"tools": [TOOL] * 200}, "at most 128"),
-        ([HELLO], {"tools": [TOOL]}, "shows no tools"),
-        ([HELLO, {"role": "assistant", "tool_calls": [CALL]}], {}, "shows no calls of tools"),
         ([{"role": "im_end", "content": "x"}], {}, "role"),
         ([{"role": "user", "content": None}], {}, "content"),
         ([{"role": "assistant"}], {}, "content or tool_calls"),

@@ -106,6 +106,14 @@ async def test_a_body_over_the_limit_is_a_413(parts: tuple[bytes, ...], headers:
     assert talk.headers[b"connection"] == b"close"
 
 
+async def test_clients_of_openai_find_the_error_where_they_look() -> None:
+    talk = Conversation(b"x" * 101)
+    talk.scope["path"] = "/v1/chat/completions"
+    error = (await talk.with_app(echo)).json["error"]
+    assert (error["code"], error["type"], error["param"]) == ("request_too_large", "invalid_request_error", None)
+    assert "error" not in (await Conversation(b"x" * 101).with_app(echo)).json
+
+
 async def test_a_body_at_the_limit_passes() -> None:
     assert (await Conversation(b"x" * 100).with_app(echo)).status == 200
 

@@ -84,9 +84,10 @@ def test_every_number_and_string_of_a_body_is_bounded() -> None:
     from inference.api.llamacpp.schemas import CompletionBody, DetokenizeBody, InfillBody, LoraVectorBody, TokenizeBody
     from inference.api.llamacpp.template_schemas import ApplyTemplateBody
     from inference.api.native.schemas import GenerateBatchBody, GenerateBody
+    from inference.api.openai.schemas import ChatBody, CompletionsBody
 
     llama = (CompletionBody, InfillBody, TokenizeBody, DetokenizeBody, LoraVectorBody, ApplyTemplateBody)
-    for form in (GenerateBody, GenerateBatchBody, *llama):
+    for form in (GenerateBody, GenerateBatchBody, ChatBody, CompletionsBody, *llama):
         for path, schema in leaves(form.model_json_schema()):
             kind = schema.get("type")
             if kind in {"integer", "number"}:

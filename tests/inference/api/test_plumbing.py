@@ -363,7 +363,7 @@ async def test_a_client_that_goes_cancels_its_stream() -> None:
 @pytest.mark.unit
 async def test_a_server_that_stops_says_so_to_its_streams() -> None:
     async def view(request: Any) -> EventStream:
-        return EventStream(slowly((0, b"a"), (10, b"b")), abandon=lambda: None, last_words=b"event: error\n\n")
+        return EventStream(slowly((0, b"a"), (10, b"b")), abandon=lambda: None, last_words=lambda: b"event: error\n\n")
 
     line = Line()
     task = asyncio.ensure_future(ApiDoor()(scope(view), line.receive, line.send))

@@ -1,0 +1,1 @@
+"""OpenAI's dialect: chat completions, completions and models, as the official SDK expects them."""
