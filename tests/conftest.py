@@ -274,9 +274,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Where the services are said to answer, a test that skips for want of one fails."""
+    """Where the services are said to answer, a test that skips for want of one fails. A browser is another matter."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
-    if REQUIRE_SERVICES and report.skipped and not hasattr(report, "wasxfail"):
+    wants_services = REQUIRE_SERVICES and item.path.parent.name == "services"
+    if wants_services and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
         report.longrepr = f"REQUIRE_SERVICES=1, yet this test was skipped: {reason}"
