@@ -13,8 +13,20 @@ DEPLOYED := env HOST=0.0.0.0 STATE_DIR=.state/check ALLOWED_HOSTS=llm.example.or
       DEBUG=false DATABASE_URL= REDIS_URL= \
       SECRET_KEY=only-for-the-deployment-check-0123456789-abcdefghijklmnop \
       KEY_PEPPER=1:only-for-the-deployment-check-0123456789-abcdefghijklm
+# docs/reliability.md says what each counts; a variable that is set already wins.
+LONG_FORMS = STREAM_CUTS=$${STREAM_CUTS:-200} IDEMPOTENCY_ROUNDS=$${IDEMPOTENCY_ROUNDS:-500} RESUME_CUTS=$${RESUME_CUTS:-200} RESUME_KILLS=$${RESUME_KILLS:-20} \
+      LLMSITE_BATCH_LINES=$${LLMSITE_BATCH_LINES:-500} LLMSITE_NEIGHBOUR_PROMPTS=$${LLMSITE_NEIGHBOUR_PROMPTS:-40} \
+      FORCED_ANSWERS=$${FORCED_ANSWERS:-100} CYCLES=$${CYCLES:-40} LLMSITE_FUZZ_GRAMMARS=$${LLMSITE_FUZZ_GRAMMARS:-2000} \
+      LLMSITE_FUZZ_FILES=$${LLMSITE_FUZZ_FILES:-3000} LLMSITE_FUZZ_QUESTIONS=$${LLMSITE_FUZZ_QUESTIONS:-50} \
+      FAIR_REQUESTS=$${FAIR_REQUESTS:-60} CHAOS_SECONDS=$${CHAOS_SECONDS:-300} CHAOS_CLIENTS=$${CHAOS_CLIENTS:-200} \
+      SOAK_SECONDS=$${SOAK_SECONDS:-3600} SLOW_CLIENTS=$${SLOW_CLIENTS:-300} LIST_KEYS=$${LIST_KEYS:-100000}
+LONG_TESTS = tests/inference/api/test_idempotency.py tests/inference/api/test_resuming.py tests/real/test_resume_real.py \
+      tests/real/test_batches_real.py tests/real/test_neighbours_real.py tests/real/test_forced_real.py tests/real/test_cycles_real.py \
+      tests/inference/test_gguf.py tests/structured/test_with_llama_cpp.py tests/real/test_hostile_grammars_real.py \
+      tests/inference/api/test_fuzzed_document.py tests/real/test_parking_real.py tests/real/test_chaos_real.py tests/llmsite/test_lists.py \
+      tests/test_integrate_generate.py tests/services/test_chaos_on_postgresql.py tests/real/test_slow_clients_real.py
 
-.PHONY: help run install dev test check bench bench-engine lock up down clean
+.PHONY: help run install dev test chaos check bench bench-engine bench-lists bench-batches screenshots lock up down clean
 
 help: ## List the verbs.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -31,6 +43,9 @@ dev: ## Make .venv with what checks and tests need, too.
 test: dev ## Run the whole suite; needs neither Redis nor PostgreSQL. ARGS="tests/accounts -n 0" narrows it.
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
+chaos: dev ## The long versions of tests that race, cut, kill and fuzz: an hour or two. ARGS="-k idempotency" picks some.
+	@env $(LONG_FORMS) $(VENV_PYTHON) -m pytest -n 0 -vv --durations 0 --timeout 7200 $(ARGS) $(LONG_TESTS)
+
 check: dev ## Style, types, import rules, migrations, settings, supply chain.
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
@@ -46,6 +61,15 @@ bench: dev ## Measure the path around the model, and the LiteLLM proxy beside it
 
 bench-engine: dev ## Measure the engine beside llama.cpp's own server. ARGS="--quick" sees that all works.
 	@$(VENV_PYTHON) manage.py bench_engine $(ARGS)
+
+bench-lists: dev ## Time every list at 100,000 keys. ARGS="--postgresql URL" measures PostgreSQL, too.
+	@$(VENV_PYTHON) manage.py bench_lists $(ARGS)
+
+bench-batches: dev ## Measure what a batch costs those who wait beside it.
+	@$(VENV_PYTHON) -m inference.bench.beside_batches $(ARGS)
+
+screenshots: dev ## Make the pictures of docs/screenshots again; needs chromium and chromedriver.
+	@$(VENV_PYTHON) -m tests.browser.screenshots
 
 lock: dev ## Resolve requirements/*.in into hash-locked files.
 	@$(UV) requirements/base.in -o requirements/base.txt

@@ -1,7 +1,8 @@
 """The Redis client that a process shares between its threads. No key names here; both clocks import it.
 
 A server that hangs must not hold the threads of admission: every command has a time limit. A command that found a
-broken connection is sent once more on a new one, so a restarted server costs no request.
+broken connection is sent once more on a new one, so a restarted server costs no request. One that timed out is not: it
+is only late, and would run twice.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ def connect(url: str, *, socket_timeout: float = SOCKET_TIMEOUT_SECONDS) -> redi
         socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
         max_connections=MAX_CONNECTIONS,
         health_check_interval=15,
-        retry=Retry(NoBackoff(), 1),
-        retry_on_error=[redis.ConnectionError],
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     )
 
 

@@ -12,9 +12,13 @@ from django.db import models
 from django.db.models import F, Q
 from django.utils import timezone
 
-from accounts.models import APIKey, Tenant
+from accounts.models import Announced, APIKey, Tenant
+from accounts.trail.audited import AuditedManager
+from inference.batches.models import Batch, BatchLine, StoredFile  # noqa: F401  Django reads all rows from here
 from inference.chat.prompt import MAX_TEMPLATE_BYTES
 from inference.engine.drafting import MAX_DRAFT
+from inference.imports.models import ModelImport  # noqa: F401
+from inference.tuning.models import Optimization  # noqa: F401
 
 MAX_ALIASES = 32
 model_name_validator = RegexValidator(
@@ -27,7 +31,7 @@ MAX_SCALE = 16.0
 """Of an adapter, in both directions; far outside of what a trained adapter stands."""
 
 
-class ServedModel(models.Model):
+class ServedModel(Announced):
     """A GGUF file and how it is served. `name` is what tenants write into `model`."""
 
     class KVType(models.TextChoices):
@@ -43,6 +47,13 @@ class ServedModel(models.Model):
     class Visibility(models.TextChoices):
         SHARED = "shared", "Every tenant"
         GRANTED = "granted", "Granted tenants only"
+
+    class EmbeddingPooling(models.TextChoices):
+        AUTO = "auto", "As the file says, else the mean"
+        NONE = "none", "None: one vector for each token"
+        MEAN = "mean", "The mean of all tokens"
+        CLS = "cls", "The first token"
+        LAST = "last", "The last token"
 
     class DraftKind(models.TextChoices):
         NONE = "none", "Nobody"
@@ -97,7 +108,13 @@ class ServedModel(models.Model):
     )
     load_mode = models.CharField(max_length=8, choices=LoadMode.choices, default=LoadMode.EAGER)
     keep_alive_seconds = models.PositiveIntegerField(
-        null=True, blank=True, help_text="Idle time after which it is unloaded. Empty: never."
+        null=True,
+        blank=True,
+        help_text="Idle time after which it is unloaded. Empty: MODEL_IDLE_TIMEOUT_SECONDS, or never if it is loaded "
+        "when the worker starts.",
+    )
+    is_pinned = models.BooleanField(
+        default=False, help_text="Once it is loaded it stays: neither idle time nor another model unloads it."
     )
     chat_template = models.TextField(
         blank=True,
@@ -133,10 +150,21 @@ class ServedModel(models.Model):
         help_text="A draft model stops guessing below this probability.",
     )
     draft_policy = models.CharField(max_length=8, choices=DraftPolicy.choices, default=DraftPolicy.ADAPTIVE)
-    capabilities = models.JSONField(default=dict, blank=True, help_text='Switches such as {"generate": true}.')
+    capabilities = models.JSONField(
+        default=dict,
+        blank=True,
+        help_text='Switches: {"generate": false}, {"embeddings": true}. What is not named is as the file is made for.',
+    )
+    embedding_pooling = models.CharField(
+        max_length=8,
+        choices=EmbeddingPooling.choices,
+        default=EmbeddingPooling.AUTO,
+        help_text="How the vectors of a text's tokens become one.",
+    )
     notes = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     updated_at = models.DateTimeField(auto_now=True)
+    objects = AuditedManager()
 
     class Meta:
         ordering = ["name"]
@@ -228,7 +256,7 @@ class ServedModel(models.Model):
 
 
 class ModelVariant(models.Model):
-    """The same model in another file or with other settings, made for this machine. Written by inference/variants.py.
+    """The same model in another file or with other settings, made for this machine. Written by catalog/variants.py.
 
     The active one is what workers load under the model's name, while the model's own file is that of `source_digest`.
     """
@@ -247,6 +275,7 @@ class ModelVariant(models.Model):
     measured = models.JSONField(default=dict, help_text="Speeds, perplexity and gain when it was made.")
     is_active = models.BooleanField(default=False)
     created_at = models.DateTimeField(default=timezone.now)
+    objects = AuditedManager()
 
     class Meta:
         ordering = ["base_model", "name"]
@@ -261,8 +290,8 @@ class ModelVariant(models.Model):
         return f"{self.name} of {self.base_model}"
 
 
-class Adapter(models.Model):
-    """A LoRA adapter for one served model. Written by inference/adapters.py alone; the file says rank, alpha, targets.
+class Adapter(Announced):
+    """A LoRA adapter for one served model. The file says rank, alpha, targets; catalog/adapter_rows.py alone writes it.
 
     Who may use it: every tenant where it is shared, else those with a grant.
     """
@@ -300,6 +329,7 @@ class Adapter(models.Model):
     visibility = models.CharField(max_length=8, choices=Visibility.choices, default=Visibility.GRANTED)
     enabled = models.BooleanField(default=True, help_text="Off: for tenants it does not exist, its place is kept.")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    objects = AuditedManager()
 
     class Meta:
         ordering = ["base_model", "name"]
@@ -323,7 +353,66 @@ class Adapter(models.Model):
             raise ValidationError({"visibility": "A tenant's own adapter is not shared with every tenant."})
 
 
-class AdapterGrant(models.Model):
+class AdapterAlias(Announced):
+    """A name that tenants ask for in the place of an adapter's, and the version of it that answers now. Written by
+    inference/catalog/aliases.py alone.
+
+    Each version is an adapter of its own. The canary answers `share` percent of the conversations, the target the rest.
+    """
+
+    name = models.CharField(
+        max_length=64, validators=[adapter_name_validator], help_text="What tenants write, also as `model:name`."
+    )
+    base_model = models.ForeignKey(ServedModel, on_delete=models.CASCADE, related_name="adapter_aliases")
+    target = models.ForeignKey(
+        Adapter, on_delete=models.PROTECT, related_name="aliases", help_text="The version that answers."
+    )
+    canary = models.ForeignKey(
+        Adapter,
+        on_delete=models.PROTECT,
+        null=True,
+        blank=True,
+        related_name="canary_of",
+        help_text="The version on trial, for tenants that may use it.",
+    )
+    share = models.PositiveSmallIntegerField(
+        default=0,
+        validators=[MaxValueValidator(100)],
+        help_text="Percent of the conversations that the canary answers.",
+    )
+    previous = models.ForeignKey(
+        Adapter,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        editable=False,
+        related_name="+",
+        help_text="What it led to before: a roll back returns there.",
+    )
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    updated_at = models.DateTimeField(auto_now=True)
+    objects = AuditedManager()
+
+    class Meta:
+        verbose_name = "adapter alias"
+        verbose_name_plural = "adapter aliases"
+        ordering = ["base_model", "name"]
+        constraints = [
+            models.UniqueConstraint(fields=["base_model", "name"], name="adapter_alias_one_name_per_model"),
+            models.CheckConstraint(condition=Q(share__range=(0, 100)), name="adapter_alias_share_is_a_percentage"),
+            models.CheckConstraint(
+                condition=Q(share=0) | Q(canary__isnull=False), name="adapter_alias_share_has_a_canary"
+            ),
+            models.CheckConstraint(
+                condition=Q(canary__isnull=True) | ~Q(canary=F("target")), name="adapter_alias_canary_is_another"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.base_model.name}:{self.name}"
+
+
+class AdapterGrant(Announced):
     """A tenant may use an adapter. `position` is its id in llama.cpp's dialect and does not change while granted."""
 
     tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="adapter_grants")
@@ -333,6 +422,7 @@ class AdapterGrant(models.Model):
     )
     position = models.PositiveIntegerField(editable=False)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    objects = AuditedManager()
 
     class Meta:
         ordering = ["tenant", "base_model", "position"]
@@ -364,7 +454,7 @@ class DefaultVector(models.Model):
 class Receipt(models.Model):
     """What one finished request used. Written once, at settlement; holds no prompt and no output.
 
-    While a request is waiting or running its state is in Redis (inference/queue.py).
+    While a request is waiting or running its state is in Redis (inference/transport/queue.py).
     """
 
     class Status(models.TextChoices):
@@ -374,13 +464,16 @@ class Receipt(models.Model):
 
     request_id = models.CharField(max_length=64, primary_key=True)
     tenant = models.ForeignKey(Tenant, on_delete=models.PROTECT, related_name="receipts", db_index=False)
-    key = models.ForeignKey(APIKey, on_delete=models.PROTECT, related_name="receipts")
+    key = models.ForeignKey(APIKey, on_delete=models.PROTECT, related_name="receipts", db_index=False)
     parent_id = models.CharField(
         max_length=64, blank=True, help_text="The request that this one is a part of, such as a batch."
     )
     model = models.CharField(max_length=100)
     model_digest = models.CharField(max_length=64)
     adapters = models.JSONField(default=list, blank=True, help_text="Pairs of an adapter's name and its scale.")
+    aliases = models.JSONField(
+        default=list, blank=True, help_text="Pairs of an alias that was asked for and the adapter that answered."
+    )
     route = models.CharField(max_length=64)
     status = models.CharField(max_length=12, choices=Status.choices)
     finish_reason = models.CharField(max_length=16)
@@ -402,6 +495,12 @@ class Receipt(models.Model):
     )
     mean_decode_batch_size = models.FloatField(default=0)
     seed = models.BigIntegerField(null=True)
+    digests = models.JSONField(
+        default=dict,
+        blank=True,
+        editable=False,
+        help_text="HMACs of prompt, settings and answer, for `manage.py replay`.",
+    )
     worker = models.CharField(max_length=64, blank=True)
     created_at = models.DateTimeField(help_text="When the request was admitted.")
     finished_at = models.DateTimeField()
@@ -411,7 +510,29 @@ class Receipt(models.Model):
         indexes = [
             models.Index(fields=["tenant", "-created_at"], name="receipt_by_tenant"),
             models.Index(fields=["-created_at"], name="receipt_by_time"),
+            # with all that the operator's sums by key read
+            models.Index(
+                fields=["key", "-created_at", "prompt_tokens", "completion_tokens", "charged_tokens"],
+                name="receipt_by_key",
+            ),
         ]
 
     def __str__(self) -> str:
         return self.request_id
+
+
+class StoredResponse(models.Model):
+    """A response that its tenant wants kept: the conversation and the answer (stored_responses.py alone reads them)."""
+
+    id = models.CharField(max_length=64, primary_key=True)
+    tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="stored_responses", db_index=False)
+    content = models.BinaryField(help_text="Compressed JSON.")
+    num_bytes = models.PositiveIntegerField()
+    created_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ["-created_at"]
+        indexes = [models.Index(fields=["tenant", "created_at", "num_bytes"], name="stored_response_by_tenant")]
+
+    def __str__(self) -> str:
+        return self.id

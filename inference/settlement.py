@@ -11,22 +11,23 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import redis
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, InterfaceError, OperationalError, connection
 
-from accounts import quotas, redis_client
-from accounts.quotas import ReleaseOrder, SettleOrder
-from accounts.refusals import Refusal
+from accounts import redis_client
+from accounts.ledger import quotas
+from accounts.ledger.quotas import ReleaseOrder, SettleOrder
+from accounts.trail.refusals import Refusal
 from inference import metrics
-from inference.completion_cache import Completion
 from inference.engine.types import Finished, FinishReason
 from inference.models import Receipt
-from inference.ticket import Ticket, TicketError, adapter_scales
+from inference.transport.completion_cache import Completion
+from inference.transport.ticket import Ticket, TicketError, adapter_scales
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,13 @@ GROUP_SECONDS = 0.03
 """An outcome waits so long for others to share its transaction: nobody waits for it, and the database is spared."""
 ORPHAN_SECONDS = 2.0
 """An outcome that its maker has not settled for so long is settled by anybody."""
+PUT_OFF_SECONDS = 60.0
+"""What the database refuses while it is there is tried again after so long, behind all others."""
+SETTLING_SECONDS = 10.0
+"""A process that settles what others have left, and dies at it, keeps the rest from doing so for so long."""
 MAX_KEPT = 10_000
+AWAY = (Refusal, OperationalError, InterfaceError)
+"""What says that the database takes nothing at all now."""
 OF_ITS_OWN_MAKING = frozenset({"grammar_dead_end", "grammar_too_slow"})
 """Errors that the request's grammar brought about."""
 WHOLE = (FinishReason.EOS, FinishReason.STOP, FinishReason.LENGTH)
@@ -63,6 +70,7 @@ class Outcome:
     mean_decode_batch_size: float = 0.0
     seed: int | None = None
     worker: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
     finished_at: float = 0.0
 
     @property
@@ -83,14 +91,22 @@ class Outcome:
 OUTCOME_NAMES = frozenset(item.name for item in fields(Outcome))
 
 
-def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, leased_at: float) -> Outcome:
+def outcome_of(
+    ticket: Ticket,
+    finished: Finished,
+    *,
+    worker: str,
+    now: float,
+    leased_at: float,
+    digests: dict[str, str] | None = None,
+) -> Outcome:
     """The price of a request that an engine ended.
 
     Whole answers, cancelled ones and those cut by their deadline cost the prompt and every token generated; errors
     cost nothing, and neither does what ended before its first step. A prompt that several answers of one request have
     in common is paid by the first of them: where that one fails, nobody pays for it. A stream that its own grammar led
     to a dead end has been read, so it costs what one that was cancelled does: else a grammar could be written to stream
-    for nothing.
+    for nothing. One that was cancelled with an error was ended by the operator, or by what its tenant lost.
     """
     receipt = finished.receipt
     is_error = finished.reason is FinishReason.ERROR
@@ -103,7 +119,7 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
     return Outcome(
         status=status.value,
         finish_reason=finished.reason.value,
-        error_code=(finished.error or "error")[:64] if is_error else "",
+        error_code=(finished.error or ("error" if is_error else ""))[:64],
         charged_tokens=ticket.charged_prompt_tokens + receipt.completion_tokens if computed else 0,
         prompt_tokens=ticket.num_prompt_tokens,
         cached_tokens=receipt.cached_tokens,
@@ -118,7 +134,8 @@ def outcome_of(ticket: Ticket, finished: Finished, *, worker: str, now: float, l
         mean_batch_size=_mean(receipt.batch_sequences, receipt.num_steps),
         mean_decode_batch_size=_mean(receipt.decode_batch_sequences, receipt.decode_steps),
         seed=receipt.seed,
-        worker=worker,
+        worker=worker[:64],
+        digests=digests or {},
         finished_at=now,
     )
 
@@ -166,6 +183,7 @@ def receipt_row(ticket: Ticket, outcome: Outcome) -> Receipt:
         model=ticket.model_name,
         model_digest=ticket.model_digest,
         adapters=adapter_scales(ticket.adapter_names, ticket.adapters),
+        aliases=[list(pair) for pair in ticket.aliases],
         route=ticket.route,
         created_at=_moment(ticket.created_at),
         finished_at=_moment(outcome.finished_at),
@@ -191,10 +209,18 @@ def _order(ticket: Ticket, outcome: Outcome) -> SettleOrder | ReleaseOrder:
         cached_tokens=min(outcome.cached_tokens, ticket.charged_prompt_tokens),
         completion_tokens=outcome.completion_tokens,
         model=ticket.model_name,
+        adapters="+".join(ticket.adapter_names),
+        operation=operation_of(ticket.route),
         now=now,
         reason=outcome.finish_reason,
         records=records,
+        uncharged_records=lambda: (receipt_row(ticket, replace(outcome, charged_tokens=0)),),
     )
+
+
+def operation_of(route: str) -> str:
+    """What usage is listed under: completions or embeddings."""
+    return "embeddings" if "embedding" in route else "completions"
 
 
 Ended = tuple[Ticket, Outcome]
@@ -209,20 +235,64 @@ def settle_many(ended: Sequence[Ended]) -> list[bool]:
     metrics.SETTLEMENT_GROUP.observe(len(ended))
     for (ticket, outcome), is_new in zip(ended, settled, strict=True):
         if is_new:
-            _count(ticket.model_name, outcome)
+            _count(ticket, outcome)
     return settled
 
 
-def _count(model: str, outcome: Outcome) -> None:
+def _count(ticket: Ticket, outcome: Outcome) -> None:
+    model = ticket.model_name
     metrics.ENDED.labels(model, outcome.status, outcome.finish_reason).inc()
     metrics.TOKENS.labels("prompt", model).inc(outcome.prompt_tokens if outcome.num_steps else 0)
     metrics.TOKENS.labels("completion", model).inc(outcome.completion_tokens)
+    for alias, adapter in ticket.aliases:
+        metrics.ALIAS_REQUESTS.labels(model, alias, adapter, outcome.status).inc()
+        if outcome.num_steps and not ticket.is_batch:
+            seconds = outcome.queue_seconds + outcome.prefill_seconds
+            metrics.ALIAS_FIRST_TOKEN_SECONDS.labels(model, alias, adapter).observe(seconds)
     if outcome.num_steps:
         metrics.BATCH_SIZE.labels(model).observe(outcome.mean_batch_size)
-        metrics.QUEUE_SECONDS.labels(model).observe(outcome.queue_seconds)
+        if not ticket.is_batch:  # its wait is the queue's purpose
+            metrics.QUEUE_SECONDS.labels(model).observe(outcome.queue_seconds)
 
 
 # Outcomes in Redis
+
+
+def settle_filed(client: redis.Redis, ended: Sequence[Ended]) -> int:
+    """Settle these and strike them off in Redis; how many. Raises AWAY where the database is away, and RedisError.
+
+    One that the database refuses by itself holds up nobody: it stays in Redis, behind the others, until it is taken.
+    """
+    refused: set[str] = set()
+    try:
+        settle_many(ended)
+    except AWAY:
+        raise
+    except Exception as error:  # noqa: BLE001 - each outcome gets the error of its own
+        logger.warning("a group of %d outcomes failed and is settled one by one: %s", len(ended), error)
+        refused = {each[0].request_id for each in ended if not _is_settled(each)}
+    settled = [ticket.request_id for ticket, _ in ended if ticket.request_id not in refused]
+    if settled:
+        strike_off(client, settled)
+    if refused:  # xx: another may have settled it meanwhile
+        client.zadd("unsettled", dict.fromkeys(refused, time.time() + PUT_OFF_SECONDS), xx=True)
+    return len(settled)
+
+
+def leave_to_sweep(client: redis.Redis, request_id: str) -> None:
+    """Nobody else settles this outcome: the next sweep does, without waiting for its maker."""
+    client.zadd("unsettled", {request_id: time.time() - ORPHAN_SECONDS}, xx=True)
+
+
+def _is_settled(ended: Ended) -> bool:
+    try:
+        settle_many([ended])
+    except AWAY:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must be settled
+        logger.error("request %s cannot be settled, it is tried again later: %s", ended[0].request_id, error)
+        return False
+    return True
 
 
 def pending(client: redis.Redis, request_id: str) -> Ended | None:
@@ -231,18 +301,43 @@ def pending(client: redis.Redis, request_id: str) -> Ended | None:
     return None if record is None else _parse(record)
 
 
+def unsettled(client: redis.Redis, request_ids: Sequence[str]) -> set[str]:
+    """Of these, the ones that have ended and are not in the database yet. One round trip."""
+    records: list[Any] = client.hmget("settlements", request_ids) if request_ids else []
+    return {each for each, record in zip(request_ids, records, strict=True) if record is not None}
+
+
 def settle_pending(client: redis.Redis, *, older_than_seconds: float = 0.0, most: int = GROUP_SIZE) -> int:
-    """Settle outcomes that wait in Redis, whoever made them; how many. Raises as settle_many, and RedisError."""
+    """Settle outcomes that wait in Redis, whoever made them; how many have gone from there. Raises as settle_filed."""
     until = f"{time.time() - older_than_seconds:.6f}" if older_than_seconds else "+inf"
     ids: Any = client.zrange("unsettled", "-inf", until, byscore=True, offset=0, num=most)
     if not ids:
         return 0
     records: list[Any] = client.hmget("settlements", ids)
-    ended = [item for item in map(_parse, filter(None, records)) if item is not None]
-    if ended:
-        settle_many(ended)
-    strike_off(client, ids)
-    return len(ids)
+    found = [record and _parse(record) for record in records]
+    dropped = [each for each, item in zip(ids, found, strict=True) if not item]
+    if dropped:
+        strike_off(client, dropped)
+    ended = [item for item in found if item]
+    return len(dropped) + (settle_filed(client, ended) if ended else 0)
+
+
+def settle_all_pending(client: redis.Redis, *, older_than_seconds: float = 0.0) -> int:
+    """As settle_pending, until none is left. One process at a time: else all would write the same, and a database that
+    is slow already would have as much again to do for each of them. 0 where another is at it."""
+    milliseconds = int(SETTLING_SECONDS * 1000)
+    if not client.set("settling", 1, nx=True, px=milliseconds):
+        return 0
+    total = 0
+    try:
+        while number := settle_pending(client, older_than_seconds=older_than_seconds):
+            total += number
+            if number < GROUP_SIZE:
+                break
+            client.pexpire("settling", milliseconds)
+    finally:
+        client.delete("settling")  # after a long wait it may be another's: two at once are harmless
+    return total
 
 
 def catch_up() -> int:
@@ -301,12 +396,14 @@ class Settler:
             return self._news.wait_for(lambda: not self._ended and not self._is_busy, timeout_seconds)
 
     def stop(self, timeout_seconds: float) -> None:
-        """Settle what is left, if the database lets it; the rest is in Redis."""
+        """Settle what is left, if the database lets it in so many seconds; the rest is in Redis."""
+        deadline = time.monotonic() + timeout_seconds
         self.flush(timeout_seconds)
         with self._news:
             self._stopping = True
             self._news.notify()
-        self._thread.join(timeout_seconds)
+        if self._thread.ident is not None:  # told to stop before it began
+            self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         pause = 0.0
@@ -327,19 +424,17 @@ class Settler:
 
     def _settle(self, group: list[Ended]) -> bool:
         try:
-            settle_many(group)
-        except (Refusal, DatabaseError) as error:
+            settle_filed(self._client, group)
+        except AWAY as error:
             logger.warning("settlement waits for the database: %s", error)
             connection.close()
             self._put_back(group)
             return False
-        except Exception:
-            logger.exception("a group of %d outcomes was left to the sweep", len(group))
-            return False
-        try:
-            strike_off(self._client, [ticket.request_id for ticket, _ in group])
         except redis.RedisError as error:
             logger.warning("settled outcomes stay in Redis until the sweep: %s", error)
+        except Exception:  # the thread must outlive a defect
+            logger.exception("a group of %d outcomes was left to the sweep", len(group))
+            return False
         return True
 
     def _put_back(self, group: Iterable[Ended]) -> None:

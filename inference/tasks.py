@@ -9,9 +9,11 @@ import logging
 
 from celery import shared_task
 
-from inference import broker_guard, reaper, worker
-from inference.doorbell import SERVE
-from inference.queue import ticket_queue
+from inference.transport import broker_guard
+from inference.transport.doorbell import SERVE
+from inference.transport.queue import ticket_queue
+from inference.upkeep import reaper
+from inference.worker import worker
 from llmsite.celery import app
 
 logger = logging.getLogger(__name__)

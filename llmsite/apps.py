@@ -1,4 +1,4 @@
-"""The Django application of the wiring itself: it only registers the system checks."""
+"""The Django application of the wiring itself: it registers the system checks, and dates sessions."""
 
 from django.apps import AppConfig
 
@@ -8,4 +8,8 @@ class LlmsiteConfig(AppConfig):
     verbose_name = "Installation"
 
     def ready(self) -> None:
-        from llmsite import checks  # noqa: F401 - registers itself
+        from django.contrib.auth.signals import user_logged_in
+
+        from llmsite.console import door as console_door
+
+        user_logged_in.connect(console_door.begin_session, dispatch_uid="console-session-began")

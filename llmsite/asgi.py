@@ -12,7 +12,7 @@ from django.core.asgi import get_asgi_application
 
 from llmsite.config import get_config
 from llmsite.doors import ApiDoor, Doors, Lifespan
-from llmsite.guard import App, Bounds, Guard
+from llmsite.guard import App, Bounds, Guard, HeaderDeadlineProtocol
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmsite.settings")
 
@@ -20,6 +20,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmsite.settings")
 def build() -> App:
     """Sets Django up first: views can be imported only then."""
     console: Any = get_asgi_application()
+    from inference.api import cross_origin, turned_away
     from inference.api.lifespan import close_api, open_api
 
     config = get_config()
@@ -28,7 +29,9 @@ def build() -> App:
         body_seconds=config.body_timeout_seconds,
         send_seconds=config.body_timeout_seconds,
     )
-    return Guard(Doors(ApiDoor(), console, Lifespan([open_api], [close_api])), bounds)
+    doors = Doors(ApiDoor(), console, Lifespan([open_api], [close_api]))
+    HeaderDeadlineProtocol.noted = staticmethod(turned_away.note)
+    return Guard(doors, bounds, cross_origin.of_refusal, turned_away.note)
 
 
 application = build()

@@ -14,9 +14,7 @@ from typing import Any
 from django.conf import settings
 from django.core import checks
 
-from llmsite.config import get_config
-
-SHORTEST_SECRET = 32
+from llmsite.config import SHORTEST_SECRET, get_config
 
 
 @checks.register(checks.Tags.security)

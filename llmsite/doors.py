@@ -9,6 +9,7 @@ must not use it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
@@ -19,18 +20,25 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import Resolver404, ResolverMatch, get_resolver
 
-from llmsite.guard import App, Receive, Scope, Send, Unreadable
+from llmsite.guard import MAX_DRAINED_BYTES, App, Receive, Scope, Send, Unreadable, is_upload
 
 logger = logging.getLogger(__name__)
 
+DRAIN_SECONDS = 10.0
 View = Callable[..., Awaitable[HttpResponseBase]]
 
 
 class ApiDoor:
-    """Runs one asynchronous view per request, and cancels it when its client goes."""
+    """Runs one asynchronous view per request, and cancels it when its client goes.
+
+    A view that reads the body itself finds `request.upload`; the others have it whole.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match: ResolverMatch = scope["llmsite.match"]
+        if is_upload(scope):
+            await self._take_upload(match, scope, receive, send)
+            return
         body = (await receive()).get("body", b"")
         try:
             request = ASGIRequest(dict(scope), BytesIO(body))
@@ -39,6 +47,23 @@ class ApiDoor:
         request._body = body
         request.resolver_match = match
         await self._serve(match.func(request, *match.args, **match.kwargs), receive, send)
+
+    async def _take_upload(self, match: ResolverMatch, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            request = ASGIRequest(dict(scope), BytesIO())
+        except UnicodeDecodeError as error:
+            raise Unreadable("The query of the address is not UTF-8.") from error
+        request._body = b""
+        request.resolver_match = match
+        upload = Upload(receive)
+        request.upload = upload  # type: ignore[attr-defined]
+        response = await match.func(request, *match.args, **match.kwargs)
+        if not await upload.drain():
+            response.headers["Connection"] = "close"
+        try:
+            await _send_response(response, send)
+        finally:
+            close_response(response)
 
     async def _serve(self, answer: Awaitable[HttpResponseBase], receive: Receive, send: Send) -> None:
         listener = asyncio.ensure_future(_disconnect(receive))
@@ -57,10 +82,40 @@ class ApiDoor:
         finally:
             listener.cancel()
             if response is not None:
-                _close(response)
+                close_response(response)
 
 
-def _close(response: HttpResponseBase) -> None:
+class Upload:
+    """A body that its view reads, piece by piece. Whoever reads bounds bytes and time."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.is_over = False
+        self.is_broken = False
+        """The client closed the connection before its body was complete."""
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end."""
+        while not self.is_over:
+            message = await self._receive()
+            self.is_over = not message.get("more_body")
+            self.is_broken = message["type"] == "http.disconnect"
+            if body := message.get("body", b""):
+                return bytes(body)
+        return b""
+
+    async def drain(self) -> bool:
+        """Drop the rest, within bounds; False if there is more. Closing on unread bytes sends a reset that can overtake
+        the answer."""
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self.is_over and num_bytes < MAX_DRAINED_BYTES:
+                    num_bytes += len(await self.read())
+        return self.is_over
+
+
+def close_response(response: HttpResponseBase) -> None:
     """What the response holds. Its own `close` would also tell Django's receivers, none of whom knows this door."""
     for closer in response._resource_closers:  # type: ignore[attr-defined]
         try:

@@ -31,6 +31,10 @@ PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3", "python")
 GROUPS = ("base", "worker", "dev", "demo")
 COMPILED_GROUPS = ("worker", "dev")
 """Those with llama.cpp, which is compiled with what requirements/build.txt has locked."""
+WITHOUT_AMX = "-U__AMX_INT8__"
+"""For the compilers of llama.cpp. GCC before 12.4 and 13.3 leaves out half of what its AMX kernels set up (GCC's bug
+114098), and they end the process with SIGILL; and they compute one token by another way than several, so that a
+sequence might get other tokens alone than in company."""
 WORD_SECONDS = 15.0
 TICK_SECONDS = 0.5
 NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
@@ -72,9 +76,11 @@ def find_python() -> str:
 
 
 def fingerprint(group: str) -> str:
-    """Changes when the lock file or the interpreter does."""
+    """Changes when the lock file or the interpreter does, or how it is compiled."""
     digest = hashlib.sha256((REQUIREMENTS / f"{group}.txt").read_bytes())
     digest.update(str(version_of(str(PYTHON))).encode())
+    if group in COMPILED_GROUPS:
+        digest.update(WITHOUT_AMX.encode())
     return digest.hexdigest()
 
 
@@ -126,13 +132,34 @@ def install(group: str) -> None:
         # An isolated build would fetch its tools without hashes, or not at all: old pips refuse a constraint with
         # hashes for it, new ones ignore it.
         command.append("--no-build-isolation")
+    run_pip(command, group)
+    if group in COMPILED_GROUPS and not llama_cpp_runs():
+        say("llama.cpp is there as pip kept it, compiled for another processor or another way: it is compiled anew.")
+        for forget in (["cache", "remove", "llama_cpp_python*"], ["uninstall", "--yes", "llama-cpp-python"]):
+            subprocess.run([*command[:4], *forget], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        run_pip(command, group)
+        if not llama_cpp_runs():
+            raise InstallError("llama.cpp was compiled and does not run: `.venv/bin/python manage.py doctor` says why.")
+
+
+def run_pip(command: list[str], group: str) -> None:
+    """Raises InstallError with its last words."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for name in ("CFLAGS", "CXXFLAGS"):
+        env[name] = f"{env.get(name, '')} {WITHOUT_AMX}".strip()
     progress = Progress(group, is_terminal=sys.stdout.isatty())
     status, last_lines = run_with_progress(command, env, progress)
     if status != 0:
         progress.end("failed")
         raise InstallError("\n".join([*last_lines, "", explain("\n".join(last_lines)), f"All of it: {LOG}"]))
     progress.end("installed")
+
+
+def llama_cpp_runs() -> bool:
+    """Whether what is installed starts here, and was compiled without AMX: pip may have kept it from elsewhere."""
+    question = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    done = subprocess.run([str(PYTHON), "-I", "-c", question], capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode == 0 and "AMX_INT8 = 1" not in done.stdout
 
 
 def run_with_progress(command: list[str], env: dict[str, str], progress: Progress) -> tuple[int, list[str]]:

@@ -15,15 +15,16 @@ except ConfigError as error:
     sys.exit("The environment does not describe a server that can start:\n  - " + "\n  - ".join(error.problems))
 
 SECRET_KEY = CONFIG.secret("secret_key", CONFIG.secret_key)
+SECRET_KEY_FALLBACKS = CONFIG.secret_key_fallbacks
 KEY_PEPPER = CONFIG.secret("key_pepper", CONFIG.key_pepper, prefix="1:")
 DEBUG = CONFIG.debug
 ALLOWED_HOSTS = CONFIG.allowed_hosts
 CSRF_TRUSTED_ORIGINS = CONFIG.csrf_trusted_origins
 
 INSTALLED_APPS = [
-    "unfold",
+    "unfold.apps.BasicAppConfig",
     "unfold.contrib.filters",
-    "django.contrib.admin",
+    "llmsite.console.site.ConsoleConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -41,11 +42,13 @@ INSTALLED_APPS = [
 # The console's door (see llmsite/asgi.py). Generation endpoints come in by a door without any of these.
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
+    "llmsite.console.door.SecurityHeaders",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "llmsite.console.door.ConsoleSessions",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
@@ -58,6 +61,7 @@ TEMPLATES = [
         "DIRS": [BASE_DIR / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
+            "libraries": {"words": "llmsite.console.words"},
             "context_processors": [
                 "django.template.context_processors.request",
                 "django.contrib.auth.context_processors.auth",
@@ -77,7 +81,8 @@ def _database(url: str) -> dict[str, Any]:
             "OPTIONS": {
                 "transaction_mode": "IMMEDIATE",
                 "timeout": 5,
-                "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+                # secure_delete: what is deleted is overwritten in the file
+                "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA secure_delete=ON;",
             },
         }
     parts = urlsplit(url)
@@ -98,6 +103,25 @@ def _database(url: str) -> dict[str, Any]:
         },
     }
 
+
+def _mail(url: str) -> dict[str, Any]:
+    """Django's settings for mail; without a URL nothing is sent."""
+    parts = urlsplit(url)
+    is_tls = parts.scheme == "smtps"
+    return {
+        "EMAIL_BACKEND": f"django.core.mail.backends.{'smtp' if url else 'dummy'}.EmailBackend",
+        "EMAIL_HOST": parts.hostname or "",
+        "EMAIL_PORT": parts.port or (465 if is_tls else 587),
+        "EMAIL_HOST_USER": unquote(parts.username or ""),
+        "EMAIL_HOST_PASSWORD": unquote(parts.password or ""),
+        "EMAIL_USE_SSL": is_tls,
+        "EMAIL_USE_TLS": bool(url) and not is_tls,
+        "EMAIL_TIMEOUT": 10,
+        "DEFAULT_FROM_EMAIL": CONFIG.email_from,
+    }
+
+
+globals().update(_mail(CONFIG.email_url))
 
 DATABASES = {"default": _database(CONFIG.database_url)}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -125,7 +149,7 @@ CELERY_TIMEZONE = "UTC"
 CELERY_TASK_PUBLISH_RETRY = False  # the web refuses with 503 rather than hold an admission thread
 CELERY_BROKER_TRANSPORT_OPTIONS = CONFIG.broker_options
 
-# Requests per minute: counted by django-ratelimit behind accounts/throttling.py, which adds what it lacks.
+# Requests per minute: counted by django-ratelimit behind accounts/limits/throttling.py, which adds what it lacks.
 RATELIMIT_USE_CACHE = "default"
 SILENCED_SYSTEM_CHECKS = [
     "django_ratelimit.W001",  # core's RedisCache increments atomically; the check only knows django-redis
@@ -137,12 +161,16 @@ REST_FRAMEWORK = {
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
-    "DEFAULT_AUTHENTICATION_CLASSES": ["accounts.authentication.APIKeyAuthentication"],
+    "DEFAULT_AUTHENTICATION_CLASSES": ["accounts.identity.authentication.APIKeyAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
     "EXCEPTION_HANDLER": "inference.api.errors.exception_handler",
     "UNAUTHENTICATED_USER": None,
 }
 SPECTACULAR_SETTINGS = {
+    "ENUM_NAME_OVERRIDES": {
+        "AnswerFormatEnum": ["text", "json_object", "json_schema"],
+        "ImportKindEnum": "inference.imports.models.ModelImport.Kind",
+    },
     "TITLE": "llmsite",
     "DESCRIPTION": "Serve GGUF models and LoRA adapters to many tenants.",
     "VERSION": "0.1.0",
@@ -155,6 +183,7 @@ SPECTACULAR_SETTINGS = {
     "SERVE_AUTHENTICATION": [],
 }
 
+AUTHENTICATION_BACKENDS = ["accounts.identity.roles.RoleBackend"]
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
     {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 12}},
@@ -166,6 +195,7 @@ USE_TZ = True
 STATIC_URL = "/static/"
 STATIC_ROOT = CONFIG.state / "static"
 WHITENOISE_USE_FINDERS = True
+WHITENOISE_ALLOW_ALL_ORIGINS = False  # the console's files are for its own pages
 
 SECURE_SSL_REDIRECT = CONFIG.secure_cookies
 SESSION_COOKIE_SECURE = CONFIG.secure_cookies
@@ -173,7 +203,8 @@ CSRF_COOKIE_SECURE = CONFIG.secure_cookies
 # No SECURE_PROXY_SSL_HEADER: uvicorn sets the scheme from X-Forwarded-Proto, and only for TRUSTED_PROXIES.
 SECURE_HSTS_SECONDS = CONFIG.hsts_seconds if CONFIG.secure_cookies else 0
 SESSION_COOKIE_HTTPONLY = True
-SESSION_COOKIE_AGE = 12 * 3600
+SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_AGE = 12 * 3600  # from the sign-in on; llmsite/console/door.py ends idle ones before
 X_FRAME_OPTIONS = "DENY"
 DATA_UPLOAD_MAX_MEMORY_SIZE = CONFIG.max_body_bytes
 
@@ -188,8 +219,10 @@ UNFOLD = {
     "SITE_SUBHEADER": "Operator console",
     "SITE_SYMBOL": "token",
     "SITE_URL": "/docs/",
-    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": "llmsite.navigation.favicon"}],
-    "STYLES": ["llmsite.navigation.stylesheet"],
-    "SIDEBAR": {"navigation": "llmsite.navigation.sidebar"},
-    "DASHBOARD_CALLBACK": "llmsite.dashboard.callback",
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": "llmsite.console.navigation.favicon"}],
+    "LOGIN": {"form": "accounts.pages.login.ConsoleLoginForm"},
+    "STYLES": ["llmsite.console.navigation.stylesheet"],
+    "SCRIPTS": ["llmsite.console.navigation.script"],
+    "SIDEBAR": {"navigation": "llmsite.console.navigation.sidebar"},
+    "DASHBOARD_CALLBACK": "llmsite.console.dashboard.callback",
 }

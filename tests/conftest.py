@@ -7,16 +7,19 @@ PostgreSQL beside it the whole suite runs; tests/services runs parts of it again
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,16 @@ from llmsite.processes import probe
 from llmsite.processes import valkey as embedded_valkey
 
 pytest_plugins = ["tests.in_process"]
+# Clients of loopback servers need no certificates, and reading the world's takes each of them 20 ms of a core.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 # A machine that is busy is no defect.
 hypothesis.settings.register_profile("llmsite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("llmsite")
 
 REPOSITORY = Path(__file__).parent.parent
 STATE_DIR = Path(tempfile.mkdtemp(prefix="llmsite-test-"))
+RUN_DIR = Path(os.environ.setdefault("LLMSITE_TEST_RUN_DIR", str(STATE_DIR)))
+"""Of the process that began; what its workers make once for all of them is there."""
 VALKEY = embedded_valkey.ValkeyPlan(STATE_DIR / "valkey", STATE_DIR / "valkey" / "valkey.sock", max_memory_mb=128)
 OUTER_REDIS_URL = os.environ.get("LLMSITE_TEST_REDIS_URL", "")
 OUTER_DATABASE_URL = os.environ.get("LLMSITE_TEST_DATABASE_URL", "")
@@ -43,6 +50,8 @@ if "llmsite.settings" in sys.modules:  # pytest-django was quicker, and with som
     raise pytest.UsageError("DJANGO_SETTINGS_MODULE is set: unset it, the tests choose their settings themselves.")
 for name in Config.model_fields:
     os.environ.pop(name.upper(), None)
+# Hundreds of processes are started; each would compile the modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.update(
     DJANGO_SETTINGS_MODULE="llmsite.settings",
     STATE_DIR=str(STATE_DIR),
@@ -63,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
     import django
 
     django.setup()
+    from tests import emptying
+
+    emptying.install()
 
 
 # Services
@@ -80,8 +92,8 @@ def valkey_server() -> Iterator[None]:
         embedded_valkey.wait_until_it_answers(VALKEY, lambda: server.poll() is None)
         yield
     finally:
-        if principals := sys.modules.get("accounts.principals"):
-            principals.WATCHER.stop()
+        if known_keys := sys.modules.get("accounts.identity.known_keys"):
+            known_keys.WATCHER.stop()
         server.terminate()
         try:
             server.wait(timeout=5)
@@ -101,14 +113,16 @@ def valkey_connection(valkey_server: None) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _clean_slate(request: pytest.FixtureRequest) -> None:
-    """No key in Valkey and no cached row is left from the test before."""
+    """No key in Valkey, no cached row and no note of a refusal is left from the test before."""
     if request.node.get_closest_marker("unit") and "valkey" not in request.fixturenames:
         return
     request.getfixturevalue("valkey_connection").flushdb()
-    if registry := sys.modules.get("inference.registry"):
+    if registry := sys.modules.get("inference.catalog.registry"):
         registry.forget()
-    if principals := sys.modules.get("accounts.principals"):
-        principals.CACHE.forget()
+    if known_keys := sys.modules.get("accounts.identity.known_keys"):
+        known_keys.CACHE.forget()
+    if refusal_log := sys.modules.get("accounts.trail.refusal_log"):
+        refusal_log.LOG.forget()
 
 
 @pytest.fixture
@@ -136,6 +150,8 @@ class Site:
     demo: dict[str, Any]
     process: subprocess.Popen[bytes]
     log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    """The settings that it was given."""
 
     @property
     def key(self) -> str:
@@ -156,9 +172,42 @@ def site_environment(state: Path, port: int, **more: str) -> dict[str, str]:
     return {**clean, "STATE_DIR": str(state), "PORT": str(port), "LOG_FORMAT": "console", **more}
 
 
+def prepared_state() -> Path:
+    """The state folder of a demo that was set up and never started, made once: a start on a copy of it is a second one.
+
+    It saves each site the migrations and the proof that the adapters have an effect, fifteen seconds of a core.
+    """
+    state = RUN_DIR / "prepared"
+    with (RUN_DIR / "prepared.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not state.exists():
+            scratch = RUN_DIR / "being-prepared"
+            done = subprocess.run(
+                [sys.executable, "-m", "llmsite.processes.setup", "--demo"],
+                env=site_environment(scratch, 8000, REDIS_URL="", DATABASE_URL=""),
+                cwd=REPOSITORY,
+                umask=0o077,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            scratch.rename(state)
+    return state
+
+
 @contextlib.contextmanager
-def running_site(state: Path, *, timeout_seconds: float = 120.0, **environment: str) -> Iterator[Site]:
-    """Start a site, wait until /readyz is 200, stop it at the end; a start that fails shows its log."""
+def running_site(
+    state: Path, *, timeout_seconds: float = 120.0, prepared: bool = True, **environment: str
+) -> Iterator[Site]:
+    """Start a site, wait until /readyz is 200, stop it at the end; a start that fails shows its log.
+
+    prepared: where there is no state yet and the site has SQLite, it begins with a copy of the prepared one.
+    """
+    if prepared and not state.exists() and not environment.get("DATABASE_URL"):
+        shutil.copytree(prepared_state(), state)
     port = free_port()
     log = state.with_name(f"{state.name}.log")
     with log.open("ab") as out:
@@ -177,7 +226,7 @@ def running_site(state: Path, *, timeout_seconds: float = 120.0, **environment: 
             assert time.monotonic() < deadline, f"the site is not ready:\n{log.read_text()}"
             time.sleep(0.1)
         demo = json.loads((state / "demo.json").read_text())
-        yield Site(f"http://127.0.0.1:{port}", state, demo, process, log)
+        yield Site(f"http://127.0.0.1:{port}", state, demo, process, log, environment)
     finally:
         process.terminate()
         try:
@@ -185,6 +234,19 @@ def running_site(state: Path, *, timeout_seconds: float = 120.0, **environment: 
         except subprocess.TimeoutExpired:
             process.kill()  # the kernel takes its children with it
             process.wait()
+
+
+def manage(site: Site, *words: str, **environment: str) -> Any:
+    """What a command says of a running site, in a process of its own, with the settings that the site was given."""
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "manage.py"), *words, "--json"],
+        env=site_environment(site.state, int(site.base_url.rsplit(":", 1)[1]), **{**site.environment, **environment}),
+        capture_output=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="session")
@@ -222,8 +284,8 @@ class Cast:
 
 def make_customer(name: str, plan: Any, *, scopes: list[str] | None = None, **limits: int | None) -> Customer:
     """A tenant on `plan` with one key; `limits` override the plan's for the tenant."""
-    from accounts import issuing
-    from accounts.limits import Limits
+    from accounts.identity import issuing
+    from accounts.limits.precedence import Limits
     from accounts.models import DEFAULT_SCOPES, Tenant
 
     Limits().overridden(limits)
@@ -266,10 +328,16 @@ def model_path() -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share one running site share one test process."""
+    """Who runs where: tests that share one running site, or in tests/real one loaded model, share one process.
+
+    Long ones come first, so that no process is left with one at the end while the others have nothing to do.
+    """
     for item in items:
         if "live_site" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("live_site"))
+        elif item.path.parent.name == "real" and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.hookimpl(wrapper=True)

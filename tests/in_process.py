@@ -6,14 +6,14 @@ API_BASE and API_KEY in the environment, `api` talks to that deployment instead,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import os
 import socket
 import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +23,9 @@ import httpx
 import orjson
 import pytest
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
+from tests.timing import PATIENCE_SECONDS
+from tests.timing import wait_for as wait_until
 
 API_BASE = os.environ.get("API_BASE", "").rstrip("/")
 API_KEY = os.environ.get("API_KEY", "")
@@ -67,14 +69,6 @@ def read_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]
             yield event, orjson.loads(line.removeprefix("data: "))
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Fails the test if the condition does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
-
-
 class BlankTokenizers:
     """In the place of TokenizerPool: one token per word."""
 
@@ -89,6 +83,12 @@ class BlankTokenizers:
         found = {zlib.crc32(word.encode()) & 0x7FFFFFF: word for word in text.split()}
         self.words.update(found)
         return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
+
+    def encode_each(self, model: Any, texts: Any) -> list[tuple[int, ...]]:
+        return [self.encode(model, text) for text in texts]
+
+    def pieces(self, model: Any, tokens: Any) -> list[str | list[int]]:
+        return [self.words.get(token, [255]) for token in tokens]
 
     def chat(self, model: Any, template: Any, prompt: Any) -> tuple[int, ...]:
         return self.encode(model, self.render(model, template, prompt))
@@ -150,7 +150,7 @@ class InProcessSite:
     def start_worker(self) -> None:
         from accounts import redis_client
         from inference.engine.fake_backend import FakeBackend
-        from inference.worker import WorkerHost
+        from inference.worker.worker import WorkerHost
 
         def load(served: Any) -> FakeBackend:
             return FakeBackend(
@@ -163,19 +163,30 @@ class InProcessSite:
 
         self.host = WorkerHost("default", client=redis_client.client(), load=load)
         self.host.start()
-        self.host._note(self.host.queue.beat(self.host.worker_id, "default", self.host.num_slots, self.host._info()))
+        self.host.beat()
 
     def stop_worker(self, drain_seconds: float = 0.0) -> None:
-        from accounts import redis_client
-
         host, self.host = self.host, None
-        if host is None:
-            return
-        stopper = threading.Thread(target=host.stop, args=(drain_seconds,))
-        stopper.start()
-        while stopper.is_alive():  # its listener looks up once a second, or when something comes
-            redis_client.client().publish(f"cancel:{host.worker_id}", "")
-            stopper.join(0.02)
+        if host is not None:
+            host.stop(drain_seconds, 5.0)  # what it leaves would go on in the next test
+
+    def serve_thinker(self) -> str:
+        """A model whose template opens its thoughts, so that answers of the fake model are nothing else; its name."""
+        from inference.catalog import registry
+        from inference.chat.probing import examine
+        from inference.models import ServedModel
+
+        source = (
+            "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %} <think>\n{% endif %}"
+        )
+        metadata = {"chat_templates": {"default": source}, "chat": {"default": examine(source)}}
+        ServedModel.objects.create(
+            name="thinker", path="/models/t.gguf", digest="e" * 64, n_ctx=N_CTX, n_slots=2, metadata=metadata
+        )
+        registry.forget()
+        self.stop_worker()
+        self.start_worker()
+        return "thinker"
 
     def ring(self, pool: str) -> bool:
         """In the place of the Celery message."""
@@ -224,7 +235,7 @@ class InProcessSite:
 
         wait_until(lambda: self.num_running() == 0)
         if self.host is not None:
-            assert self.host._settler.flush(5.0)
+            assert self.host._settler.flush(PATIENCE_SECONDS)
         settlement.settle_pending(redis_client.client())
 
 
@@ -256,9 +267,30 @@ def _uvicorn() -> Iterator[str]:
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     config = uvicorn.Config(
-        application, http=HeaderDeadlineProtocol, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+        application, http=HeaderDeadlineProtocol, ws="none", lifespan="on", log_config=None, timeout_keep_alive=30
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        """Ends as soon as it is told to; uvicorn's own looks ten times a second, and gives its clients a tenth more."""
+
+        async def main_loop(self) -> None:
+            while not await self.on_tick(0):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for one in self.servers:
+                one.close()
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+            for _ in range(200):
+                if not self.server_state.connections and not self.server_state.tasks:
+                    break
+                await asyncio.sleep(0.005)
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
+
+    server = Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn", daemon=True)
     thread.start()
     wait_until(lambda: server.started or not thread.is_alive())
@@ -267,7 +299,7 @@ def _uvicorn() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE_SECONDS)
         listener.close()
 
 
@@ -281,16 +313,18 @@ def fake_speed() -> FakeSpeed:
 def site(
     transactional_db: None, monkeypatch: pytest.MonkeyPatch, cast: Any, fake_speed: FakeSpeed
 ) -> Iterator[InProcessSite]:
-    from accounts import principals
-    from inference import admission, doorbell, grammars, registry
+    from accounts.identity import known_keys
+    from inference.catalog import registry
+    from inference.intake import admission, grammars
     from inference.tokenizers import pool
+    from inference.transport import doorbell
 
     tokenizers = BlankTokenizers()
     monkeypatch.setattr(admission, "tokenizer_pool", lambda: tokenizers)
     monkeypatch.setattr(pool, "tokenizer_pool", lambda: tokenizers)
     tried = grammars.Verdicts(lambda: tokenizers)  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(admission, "verdicts", lambda: tried)
-    principals.CACHE.forget()
+    known_keys.CACHE.forget()
     models = _serve_models(cast)
     registry.forget()
     with _uvicorn() as base_url:
@@ -305,7 +339,7 @@ def site(
             site.stop_worker()
             site.pump.shutdown(wait=True)
     registry.forget()
-    principals.CACHE.forget()
+    known_keys.CACHE.forget()
 
 
 if API_BASE:

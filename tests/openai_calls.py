@@ -19,6 +19,11 @@ def complete(client: httpx.Client, prompt: Any = "Once upon a time", **fields: A
     return client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 8, "temperature": 0, **fields})
 
 
+def respond(client: httpx.Client, items: Any = "Hello there", **fields: Any) -> httpx.Response:
+    body = {"input": items, "max_output_tokens": 8, "temperature": 0, **fields}
+    return client.post("/v1/responses", json=body)
+
+
 def chunks(client: httpx.Client, path: str, **fields: Any) -> list[dict[str, Any]]:
     """The chunks of a stream, whose last word is [DONE]."""
     given = {"messages": HELLO} if path.endswith("chat/completions") else {"prompt": "Once upon a time"}

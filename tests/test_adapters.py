@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from inference import adapters, registry
+from inference.catalog import adapter_rows, granting, registry
 from inference.models import Adapter
 from tests.in_process import MODEL, InProcessSite, wait_until
 
@@ -24,8 +24,8 @@ def poet(site: InProcessSite, tmp_path: Path) -> Adapter:
     row = Adapter.objects.create(
         name="poet", base_model=site.models[MODEL], path=str(path), digest="c" * 64, size_bytes=4, rank=8
     )
-    adapters.grant(row, site.cast.alice.tenant)
-    adapters.changed()
+    granting.grant(row, site.cast.alice.tenant)
+    adapter_rows.changed()
     return row
 
 
@@ -59,12 +59,14 @@ def test_the_tenants_default_is_used_where_nothing_is_said(site: InProcessSite, 
     alice = site.client(site.cast.alice)
     base = output(alice.generate(PROMPT, cache=False, temperature=0.0))
     served = registry.resolve(MODEL, _Caller(site.cast.alice.tenant.pk))
-    adapters.set_default_vector(site.cast.alice.tenant.pk, served, [("poet", 1.0)])
+    granting.set_default_vector(site.cast.alice.tenant.pk, served, [("poet", 1.0)])
     assert output(alice.generate(PROMPT, cache=False, temperature=0.0)) != base
     assert output(alice.generate(PROMPT, cache=False, temperature=0.0, adapters=[])) == base
 
 
 class _Caller:
+    allowed_models = allowed_adapters = None
+
     def __init__(self, tenant_id: int) -> None:
         self.tenant_id = tenant_id
 

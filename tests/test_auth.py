@@ -93,7 +93,7 @@ def test_everything_else_needs_one(api: Client, path: str) -> None:
 
 
 def test_a_revoked_key_is_refused(site: InProcessSite) -> None:
-    from accounts import issuing
+    from accounts.identity import issuing
 
     alice = site.client(site.cast.alice)
     assert alice.get("/v1/me").status_code == 200
@@ -103,8 +103,8 @@ def test_a_revoked_key_is_refused(site: InProcessSite) -> None:
 
 
 def test_an_expired_key_may_say_so(site: InProcessSite, cast: Any) -> None:
+    from accounts.identity.known_keys import announce_change
     from accounts.models import APIKey
-    from accounts.principals import announce_change
 
     APIKey.objects.filter(pk=cast.bob.key.pk).update(expires_at=timezone.now() - timedelta(seconds=1))
     announce_change(cast.bob.key.public_id)

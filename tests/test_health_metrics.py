@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -86,6 +88,60 @@ def test_beyond_the_allowed_networks_an_operator_key_is_asked_for(site: InProces
         assert client.get("/metrics").status_code == 401
     assert site.client(site.cast.alice).get("/metrics", headers=forwarded).status_code == 403
     assert site.client(site.cast.operator).get("/metrics", headers=forwarded).status_code == 200
+
+
+def test_llama_cpps_names_are_there_and_count(site: InProcessSite) -> None:
+    client = site.client(site.cast.alice)
+    client.generate("warm up", max_new_tokens=4)
+    site.settle()
+    site.host.beat()
+    before = client.get("/metrics").text
+    client.generate("one two three four", max_new_tokens=40)
+    site.settle()
+    site.host.beat()
+    after = client.get("/metrics").text
+
+    def grown(name: str) -> float:
+        return value(after, name, model_id=MODEL) - value(before, name, model_id=MODEL)
+
+    assert grown("llamacpp:prompt_tokens_total") == 4
+    assert grown("llamacpp:tokens_predicted_total") == 40
+    assert grown("llamacpp:n_decode_total") == 40
+    assert grown("llamacpp:prompt_seconds_total") > 0
+    assert grown("llamacpp:tokens_predicted_seconds_total") > 0
+    assert value(after, "llamacpp:n_busy_slots_per_decode", model_id=MODEL) == 1
+    for name in ("prompt_tokens_seconds", "predicted_tokens_seconds"):
+        assert value(after, f"llamacpp:{name}", model_id=MODEL) > 0
+    families = {family.name for family in text_string_to_metric_families(after)}
+    assert families >= {f"llamacpp:{name}" for name in ("requests_processing", "requests_deferred")}
+
+
+def test_what_drafts_are_weighed_by_is_shown_for_a_bounded_number_of_adapters() -> None:
+    from types import SimpleNamespace
+
+    from prometheus_client import generate_latest
+
+    from inference.engine.costs import CostCurve
+    from inference.engine.engine import Engine
+    from inference.engine.fake_backend import FakeBackend
+    from inference.transport.queue import Pulse
+    from inference.worker.worker_metrics import MAX_ADAPTER_SETS, EngineMetrics
+
+    chances = {(): 0.5} | {(f"{number:08d}" + "f" * 56, "e" * 64): 0.25 for number in range(MAX_ADAPTER_SETS)}
+    stats = replace(
+        Engine(FakeBackend(2, 64)).stats(), cost_curve=CostCurve(((1, 0.01), (8, 0.04))), draft_chances=chances
+    )
+    model = SimpleNamespace(served=SimpleNamespace(name="weighed"), num_slots=2, stats=lambda: stats)
+    EngineMetrics().update("default", Pulse({}, frozenset(), 0), [model])  # type: ignore[list-item]
+    text = generate_latest().decode()
+    assert value(text, "llm_engine_step_seconds", model_id="weighed", tokens="8") == 0.04
+    assert value(text, "llm_engine_draft_acceptance", model_id="weighed", adapters="") == 0.5
+    assert value(text, "llm_engine_draft_acceptance", model_id="weighed", adapters="00000007+eeeeeeee") == 0.25
+    assert text.count('llm_engine_draft_acceptance{adapters="') >= MAX_ADAPTER_SETS
+    shown = [
+        line for line in text.splitlines() if line.startswith("llm_engine_draft_acceptance{") and "weighed" in line
+    ]
+    assert len(shown) == MAX_ADAPTER_SETS
 
 
 def test_several_processes_are_added_up(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
+import random
 import socket
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +19,7 @@ import pytest
 
 from tests.conftest import make_customer
 from tests.in_process import MODEL, Client, FakeSpeed, InProcessSite, read_events, wait_until
+from tests.timing import PATIENCE_SECONDS, Stopwatch
 
 pytestmark = [pytest.mark.api, pytest.mark.integration]
 
@@ -116,7 +122,7 @@ def test_a_request_that_waits_has_a_position(slow_site: InProcessSite) -> None:
     slow_site.stop_worker()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.generate, "patience", max_new_tokens=2)
-        from inference.queue import ticket_queue
+        from inference.transport.queue import ticket_queue
 
         wait_until(lambda: ticket_queue().num_waiting("default") == 1)
         (request_id,) = ticket_queue().live_requests(tenant_id=slow_site.cast.alice.tenant.pk)
@@ -167,46 +173,87 @@ def leave_after(base_url: str, key: str, body: dict[str, Any], wait: Any) -> Non
 def test_a_closed_connection_frees_its_slot(slow_site: InProcessSite, stream: bool) -> None:
     body = {"prompt": "go on", "max_new_tokens": 200, "stream": stream}
     key = slow_site.cast.alice.text
-    leave_after(slow_site.base_url, key, body, lambda: wait_until(lambda: slow_site.num_running() == 1))
-    left_at = time.perf_counter()
-    wait_until(lambda: slow_site.num_running() == 0, 2.0)
-    assert time.perf_counter() - left_at < 0.25 + 0.1  # the machine is shared with other tests
+
+    def has_text() -> bool:
+        """What goes before its first step is free."""
+        return any(live.first_text_at for live in list(slow_site.host._live.values()))
+
+    leave_after(slow_site.base_url, key, body, lambda: wait_until(has_text))
+    watch = Stopwatch()
+    wait_until(lambda: slow_site.num_running() == 0)
+    assert watch.seconds() < 0.25
     wait_until(lambda: slow_site.charged(slow_site.cast.alice)[1] == 0)  # its last event is under way
     used, _ = slow_site.charged(slow_site.cast.alice)
     assert 2 <= used < 150
 
 
+CUTS = int(os.environ.get("STREAM_CUTS", "16"))
+
+
+@pytest.mark.timeout(120 + 3 * CUTS)
+def test_streams_that_are_cut_anywhere_pay_what_the_engine_computed_and_leave_nothing(
+    slow_site: InProcessSite, valkey_connection: Any
+) -> None:
+    """R3, and R24: of a hundred clients that go, 99 slots are free within 250 ms."""
+    from inference.models import Receipt
+
+    draw, waits, seen = random.Random(3), [], {}
+    alice = slow_site.cast.alice
+    for _ in range(CUTS):
+        num_events = draw.randrange(1, 30)
+        body = {"prompt": "go on and on", "max_new_tokens": 200, "stream": True, "cache": False}
+        with slow_site.client(alice).stream("POST", "/v1/generate", json=body) as response:
+            request_id = response.headers["x-request-id"]
+            found = list(itertools.islice(read_events(response), num_events))
+        watch = Stopwatch()
+        wait_until(lambda: slow_site.num_running() == 0)
+        waits.append(watch.seconds())
+        seen[request_id] = sum(len(event["text"].split()) for name, event in found if name == "delta")
+    wait_until(lambda: slow_site.charged(alice)[1] == 0)
+    receipts = {row.request_id: row for row in Receipt.objects.filter(request_id__in=seen)}
+    assert set(receipts) == set(seen)
+    for request_id, num_words in seen.items():
+        assert 0 < num_words <= receipts[request_id].completion_tokens < 200
+        assert receipts[request_id].charged_tokens == 4 + receipts[request_id].completion_tokens
+    assert slow_site.charged(alice) == (sum(row.charged_tokens for row in receipts.values()), 0)
+    assert not valkey_connection.keys("accounts:places:*")
+    slowest = sorted(waits)[math.ceil(len(waits) * 0.99) - 1]
+    print(f"{CUTS} cuts; slots free after {statistics.median(waits):.3f} s, {slowest:.3f} s at the 99th percentile")
+    assert statistics.median(waits) < 0.25
+    assert slowest < (0.25 if CUTS >= 100 else 2.0)  # few are timed by chance, on a machine that does other things, too
+
+
 def test_a_client_that_goes_while_it_waits_leaves_nothing(slow_site: InProcessSite) -> None:
-    from inference.queue import ticket_queue
+    from inference.transport.queue import ticket_queue
 
     slow_site.stop_worker()
     waiting = lambda: ticket_queue().num_waiting("default")  # noqa: E731
     body = {"prompt": "go on", "max_new_tokens": 20}
     leave_after(slow_site.base_url, slow_site.cast.alice.text, body, lambda: wait_until(lambda: waiting() == 1))
-    wait_until(lambda: waiting() == 0, 1.0)
+    wait_until(lambda: waiting() == 0)
     wait_until(lambda: slow_site.charged(slow_site.cast.alice) == (0, 0))
 
 
 def test_a_client_that_goes_during_admission_leaves_nothing(
     slow_site: InProcessSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inference import admission
+    from inference.intake import admission
 
     entered, go_on = threading.Event(), threading.Event()
     admit = admission.admit
 
     def held(*args: Any, **kwargs: Any) -> Any:
         entered.set()
-        go_on.wait(5)
+        go_on.wait(PATIENCE_SECONDS)
         return admit(*args, **kwargs)
 
     monkeypatch.setattr(admission, "admit", held)
     body = {"prompt": "go on", "max_new_tokens": 200}
-    leave_after(slow_site.base_url, slow_site.cast.alice.text, body, lambda: entered.wait(5))
+    leave_after(slow_site.base_url, slow_site.cast.alice.text, body, lambda: entered.wait(PATIENCE_SECONDS))
     time.sleep(0.1)
     go_on.set()
     time.sleep(0.1)
-    wait_until(lambda: slow_site.num_running() == 0, 2.0)
+    wait_until(lambda: slow_site.num_running() == 0)
     wait_until(lambda: slow_site.charged(slow_site.cast.alice)[1] == 0)
     used, _ = slow_site.charged(slow_site.cast.alice)
     assert used < 60
@@ -236,7 +283,7 @@ def test_a_worker_that_stops_ends_streams_with_an_error(slow_site: InProcessSite
 def test_two_hundred_waiting_requests_hold_no_more_than_the_bounded_threads(site: InProcessSite) -> None:
     from django.conf import settings
 
-    from inference.queue import ticket_queue
+    from inference.transport.queue import ticket_queue
 
     site.stop_worker()
     key = site.cast.alice.text
@@ -267,7 +314,7 @@ def test_two_hundred_waiting_requests_hold_no_more_than_the_bounded_threads(site
 def test_redis_down_is_a_503_and_charges_nothing(site: InProcessSite, monkeypatch: pytest.MonkeyPatch) -> None:
     import redis
 
-    from inference import queue
+    from inference.transport import queue
 
     client = site.client(site.cast.alice)
 
@@ -286,13 +333,13 @@ def test_redis_down_is_a_503_and_charges_nothing(site: InProcessSite, monkeypatc
 def test_a_locked_database_is_a_503_and_charges_nothing(site: InProcessSite, monkeypatch: pytest.MonkeyPatch) -> None:
     from django.db import OperationalError
 
-    from inference import admission
+    from inference.intake import admission
 
     def locked(*_: Any, **__: Any) -> Any:
         raise OperationalError("database is locked")
 
     with monkeypatch.context() as patch:
-        patch.setattr(admission.quotas, "reserve", locked)
+        patch.setattr(admission.quotas, "reserve_together", locked)
         reply = site.client(site.cast.alice).generate("p")
     assert (reply.status_code, reply.json()["code"]) == (503, "service_unavailable")
     assert site.charged(site.cast.alice) == (0, 0)
@@ -301,7 +348,7 @@ def test_a_locked_database_is_a_503_and_charges_nothing(site: InProcessSite, mon
 def test_what_nobody_foresaw_is_an_internal_error_without_a_traceback(
     site: InProcessSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inference import admission
+    from inference.intake import admission
 
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("a secret detail")

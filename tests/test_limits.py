@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from rest_framework.test import APIRequestFactory
 
-from accounts import quotas, throttling
-from accounts.limits import MAX_LIMIT, Limits
-from accounts.quotas import ReserveOrder, SettleOrder
-from accounts.refusals import Refusal
-from accounts.throttling import RateState
+from accounts.ledger import quotas
+from accounts.ledger.quotas import ReserveOrder, SettleOrder
+from accounts.limits import throttling
+from accounts.limits.precedence import MAX_LIMIT, Limits
+from accounts.limits.throttling import RateState
+from accounts.trail.refusals import Refusal
 from inference.api.errors import NATIVE, STATUS, refusal_headers, whole_seconds
 from inference.api.headers import duration, rate_headers, server_timing, usage_headers
 from tests.conftest import Customer, make_customer
@@ -23,7 +24,7 @@ NOW = datetime(2026, 3, 14, 12, tzinfo=UTC)
 
 
 def principal_of(customer: Customer) -> Any:
-    from accounts.principals import principal_of as make
+    from accounts.identity.key_rows import principal_of as make
 
     return make(customer.key)
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from django.conf import settings
 
-from tests.in_process import N_CTX, N_SLOTS, OTHER_MODEL, Client, FakeSpeed, InProcessSite, wait_until
+from tests.in_process import MODEL, N_CTX, N_SLOTS, OTHER_MODEL, Client, FakeSpeed, InProcessSite, wait_until
+from tests.timing import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.integration, pytest.mark.api]
 
@@ -166,7 +167,7 @@ def test_a_tenant_sees_its_own_slots_and_an_operator_all(site: InProcessSite, al
     site.ask(site.cast.alice, FRANCE, 3)
     slots = alice.get("/slots").json()
     assert [slot["id"] for slot in slots] == [0, 1, 2, 3]
-    assert slots[3] == {"id": 3, **IDLE, "n_held": 35}
+    assert {name: slots[3][name] for name in ("id", *IDLE, "n_held")} == {"id": 3, **IDLE, "n_held": 35}
     assert slots[:3] == [{"id": number, **IDLE} for number in range(3)]
     operator = site.client(site.cast.operator)
     seen = operator.get("/slots").json()
@@ -177,6 +178,39 @@ def test_a_tenant_sees_its_own_slots_and_an_operator_all(site: InProcessSite, al
     error_of(act(operator, 0, "erase"), 403)
     assert alice.get("/slots", params={"model": OTHER_MODEL}).json() == slots_of_nobody()
     assert error_of(site.client(site.cast.bob).get("/slots", params={"model": OTHER_MODEL}), 404)
+
+
+def test_a_slot_keeps_what_its_last_task_was_as_long_as_it_holds_something_of_it(
+    site: InProcessSite, alice: Client
+) -> None:
+    last = site.ask(site.cast.alice, FRANCE, 2)
+    slot = alice.get("/slots").json()[2]
+    assert not slot["is_processing"]
+    assert last["receipt"]["prompt_tokens"] == slot["n_prompt_tokens"] == 20
+    assert (slot["n_prompt_tokens_processed"], slot["n_prompt_tokens_cache"]) == (20, 0)
+    assert slot["next_token"] == [{"has_next_token": False, "n_remain": 0, "n_decoded": 16}]
+    assert slot["params"] == {"n_predict": 16, "max_tokens": 16}
+    site.settle()
+    assert alice.get(f"/v1/requests/{slot['id_task']}").json()["receipt"]["prompt_tokens"] == 20
+    assert act(alice, 2, "erase").status_code == 200
+    assert alice.get("/slots").json()[2] == {"id": 2, **IDLE}
+
+
+def test_a_slot_is_speculative_where_drafts_are_made(site: InProcessSite, alice: Client) -> None:
+    from inference.catalog import registry
+    from inference.engine.backend import Abilities
+
+    row = site.models[MODEL]
+    row.draft_kind = "prompt_lookup"
+    row.save()
+    registry.forget()
+    site.stop_worker()
+    site.start_worker()
+    assert {slot["speculative"] for slot in alice.get("/slots").json()} == {True}
+    (model,) = [each for each in site.host._models.values() if each.served.is_default]
+    model.abilities = Abilities(trim=False, reasons={"trim": "it is recurrent"})
+    site.host.beat()
+    assert {slot["speculative"] for slot in alice.get("/slots").json()} == {False}
 
 
 def slots_of_nobody() -> list[dict[str, Any]]:
@@ -214,7 +248,7 @@ class TestWhileSomethingRuns:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(PATIENCE_SECONDS)
         assert answers == [503] * 6
 
     def test_no_slot_free_is_503_where_it_is_asked_for(self, site: InProcessSite, alice: Client, bob: Client) -> None:
@@ -243,6 +277,7 @@ def test_a_memory_that_cannot_be_saved_is_501_with_the_reason(site: InProcessSit
     (model,) = [each for each in site.host._models.values() if each.served.is_default]
     model._runner._engine._backend.abilities = Abilities(save=False, reasons={"save": "it is recurrent"})
     assert "it is recurrent" in error_of(act(alice, 0, "save", "a"), 501)
+    assert act(alice, 0, "erase").status_code == 200
 
 
 def test_completions_name_their_slot(site: InProcessSite, alice: Client, bob: Client) -> None:
@@ -260,7 +295,7 @@ def test_completions_name_their_slot(site: InProcessSite, alice: Client, bob: Cl
 
 
 def test_56_hellos_in_a_small_context_shift(site: InProcessSite, alice: Client) -> None:
-    from inference import registry
+    from inference.catalog import registry
     from inference.models import ServedModel
 
     site.stop_worker()
@@ -282,5 +317,10 @@ def test_props_say_what_the_memory_can_do(site: InProcessSite, alice: Client) ->
     props = alice.get("/props").json()
     assert props["context_shift"] is True
     assert props["abilities"] == {"trim": True, "copy": True, "shift": True, "save": True}
+    assert props["is_sleeping"] is False
+    (model,) = [each for each in site.host._models.values() if each.served.is_default]
+    model.unload()
+    site.host.beat()
+    assert alice.get("/props").json()["is_sleeping"] is True
     site.stop_worker()
     assert alice.get("/props").json()["abilities"] is None

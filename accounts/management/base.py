@@ -1,17 +1,28 @@
-"""The shape of every command: `--json`, examples in `--help`, errors as one clear sentence and an exit status.
+"""The shape of every command: `--json`, examples and exit statuses in `--help`, errors as one clear sentence.
 
 A command implements `run`, which returns what it did as JSON-able data, and `show`, which prints that for people.
+Runs before Django's set-up where a command must (`up`, `doctor`): no model and no setting is imported here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
 from rich.console import Console
+from rich.table import Table
+
+from accounts.management.help import DIFFERS, OK, USAGE, epilog
+from accounts.management.plain import plain, plain_json
+from accounts.trail import audit_log
+
+WIDE = 400
+"""Columns of a table that goes to a pipe or a file, which have no width to keep to."""
 
 
 class _HelpFormatter(DjangoHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -19,30 +30,48 @@ class _HelpFormatter(DjangoHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 class HouseCommand(BaseCommand, ABC):
-    """`examples` are command lines without `manage.py`; `fail` ends the command with status 1."""
+    """`examples` are command lines without `manage.py`; `fail` ends the command with status 1.
+
+    statuses: what exit statuses mean beyond the usual ones. exit_status: `run` may set one of them.
+    """
 
     examples: tuple[str, ...] = ()
+    statuses: Mapping[int, str] = {}
+    more_help = ""
     as_json = False
+    exit_status = OK
+    _has_begun = False
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
-        lines = "\n".join(f"  python manage.py {example}" for example in self.examples)
         parser = super().create_parser(
             prog_name,
             subcommand,
             formatter_class=_HelpFormatter,
-            epilog=f"examples:\n{lines}" if lines else None,
+            epilog=epilog(self.examples, self.statuses, self.more_help),
             **kwargs,
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         return parser
 
+    def run_from_argv(self, argv: list[str]) -> None:
+        try:
+            super().run_from_argv(argv)
+        except SystemExit as end:
+            if end.code == DIFFERS and not self._has_begun:  # argparse's own status for what it does not understand
+                sys.exit(USAGE)
+            raise
+
     def handle(self, *_args: Any, **options: Any) -> None:
-        self.as_json = options["json"]
-        result = self.run(options)
+        self.as_json, self.exit_status, self._has_begun = options["json"], OK, True
+        name = type(self).__module__.rpartition(".")[2]
+        with audit_log.acting(lambda: audit_log.of_the_shell(name)):
+            result = self.run(options)
         if self.as_json:
-            self.stdout.write(json.dumps(result, default=str, ensure_ascii=False))
+            self.stdout.write(plain_json(json.dumps(result, default=str, ensure_ascii=False)))
         else:
-            self.show(result)
+            self.show(plain(result))
+        if self.exit_status:
+            sys.exit(self.exit_status)
 
     @abstractmethod
     def run(self, options: dict[str, Any]) -> Any:
@@ -54,11 +83,18 @@ class HouseCommand(BaseCommand, ABC):
 
     @property
     def console(self) -> Console:
-        """For tables and progress bars; writes where the command's output goes."""
-        return Console(file=self.stdout, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+        """For tables and progress bars; writes where the command's output goes. Brackets in a name are no markup."""
+        return Console(file=self.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)  # type: ignore[arg-type]
+
+    def print_table(self, table: Table) -> None:
+        """As wide as the terminal; what is no terminal has all of each line."""
+        console = self.console
+        if not console.is_terminal:
+            console.width = WIDE
+        console.print(table)
 
     def fail(self, code: str, message: str, **extra: Any) -> NoReturn:
         """End with status 1; with --json the same facts are on standard output as an object."""
         if self.as_json:
             self.stdout.write(json.dumps({"error": {"code": code, "message": message, **extra}}, default=str))
-        raise CommandError(message)
+        raise CommandError(plain(message))

@@ -14,20 +14,25 @@ from typing import Any, ClassVar, TypeVar
 
 import orjson
 from asgiref.sync import iscoroutinefunction
+from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
+from django.utils.cache import patch_vary_headers
 from pydantic import BaseModel
 from rest_framework.parsers import JSONParser
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from accounts import throttling
-from accounts.authentication import APIKeyAuthentication
-from accounts.principals import Principal
-from accounts.refusals import Refusal
+from accounts.identity.authentication import APIKeyAuthentication
+from accounts.identity.principals import Principal
+from accounts.limits import throttling
+from accounts.trail import refusal_log
+from accounts.trail.refusals import Refusal
+from inference.api import cross_origin
 from inference.api.errors import JSON_TYPE, NATIVE, ErrorShape, error_response, to_refusal
 from inference.api.headers import Rate, add_headers, log_fields, rate_headers, request_id_of
 from inference.api.hop import shared_hop
 from inference.api.schema import ApiSchema
+from inference.batches.terms import BatchTerms
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -55,6 +60,8 @@ class AsyncAPIView(APIView):
 
     view_is_async = True
     errors: ClassVar[ErrorShape] = NATIVE
+    error_codes: ClassVar[tuple[str, ...]] = ()
+    """For the OpenAPI document: what this view may refuse with beyond what every view may."""
     scopes: ClassVar[tuple[str, ...]] = ()
     """The key must have one of these. Empty: any valid key."""
     is_public: ClassVar[bool] = False
@@ -62,6 +69,10 @@ class AsyncAPIView(APIView):
     route: ClassVar[str] = ""
     """The name under which the request is logged, measured and kept in its receipt."""
     stage: str = "request"
+    batch: BatchTerms | None = None
+    """Of the batch that this request is a line of: its key was looked at, and its minute's limits do not count."""
+    caller: Principal | None = None
+    """Who asks, where somebody else has made sure of it: a person at the console, with a key of their tenant."""
     schema = ApiSchema()
     authentication_classes = [APIKeyAuthentication]
     permission_classes = []  # `scopes` says it; tests hold every view of the URL table to it
@@ -81,6 +92,7 @@ class AsyncAPIView(APIView):
         except Exception as error:  # noqa: BLE001 the request's border: to_refusal logs what nobody foresaw
             response = self.refused(error)
         self.add_headers(response)
+        await self._share(response)
         return response
 
     async def _answer(
@@ -94,6 +106,8 @@ class AsyncAPIView(APIView):
 
     def _handler(self, request: HttpRequest) -> Callable[..., Any]:
         name = (request.method or "").lower()
+        if cross_origin.takes_part(self.scopes) and cross_origin.is_preflight(request):
+            return self._preflight
         if name == "head":
             name = "get"
         handler = getattr(self, name, None) if name in ("get", "post", "put", "patch", "delete") else None
@@ -108,6 +122,29 @@ class AsyncAPIView(APIView):
 
     def _allowed_methods(self) -> list[str]:
         return [name.upper() for name in ("get", "post", "put", "patch", "delete") if hasattr(self, name)]
+
+    async def _preflight(self, request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
+        """A browser's question before its request. Raises Refusal."""
+        self.stage = "preflight"
+        allowed = await cross_origin.any_tenants()
+        headers = cross_origin.preflight_headers(request, allowed, self._allowed_methods())
+        return HttpResponse(content_type="text/plain", headers=headers)
+
+    async def _share(self, response: HttpResponseBase) -> None:
+        """Says whether a page of another origin may read the answer: the tenant of the key decides, and where no key is
+        known, whether any tenant lists the origin."""
+        if not cross_origin.takes_part(self.scopes):
+            return
+        patch_vary_headers(response, ("Origin",))
+        origin = cross_origin.origin_of(self.http_request)
+        if not origin:
+            return
+        try:
+            allowed = self.principal.allowed_origins if self.principal else await cross_origin.any_tenants()
+        except (Refusal, DatabaseError) as error:  # the answer stays as it is, and the page sees a network error
+            self.log_fields["origins"] = type(error).__name__
+            return
+        add_headers(response, cross_origin.headers(origin, allowed))
 
     # In a thread
 
@@ -125,7 +162,10 @@ class AsyncAPIView(APIView):
     def authenticate(self, request: Request) -> None:
         """Who asks, and may they ask this often? Raises Refusal."""
         self.stage = "authentication"
-        user = request.user
+        if self.batch is not None:
+            self.principal = self.batch.principal
+            return
+        user = self.caller or request.user
         if not isinstance(user, Principal):
             raise Refusal("missing_api_key", "Send an API key in X-API-Key or Authorization: Bearer.")
         self.principal = user
@@ -137,7 +177,7 @@ class AsyncAPIView(APIView):
     def _look_up_rates(self) -> None:
         """For the headers of an answer that came about before its limits were counted, or without. Best effort."""
         principal = self.principal
-        if principal is None:
+        if principal is None or self.batch is not None:
             return
         with contextlib.suppress(Refusal):  # no Redis: the answer itself says so already
             if self.request_rate is None:
@@ -164,6 +204,8 @@ class AsyncAPIView(APIView):
         request = self.http_request
         refusal = to_refusal(error, method=request.method or "", path=request.path, stage=self.stage)
         self.log_fields["error_type"] = refusal.code
+        if self.stage != "generation":  # what was admitted has a receipt
+            refusal_log.note(refusal, request_id=self.request_id, route=self.route, principal=self.principal)
         return error_response(self.errors, refusal, self.request_id)
 
     def add_headers(self, response: HttpResponseBase) -> None:

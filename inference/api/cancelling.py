@@ -9,9 +9,10 @@ from functools import partial
 import structlog
 from redis import RedisError
 
-from accounts.refusals import Refusal
-from inference import reaper
+from accounts.trail.refusals import Refusal
+from inference.api import presence
 from inference.api.hop import shared_hop
+from inference.upkeep import reaper
 
 log = structlog.get_logger("llmsite.cancel")
 
@@ -21,20 +22,29 @@ def cancel(request_id: str) -> str | None:
     return reaper.cancel(request_id)
 
 
-def cancel_soon(request_id: str) -> None:
-    """As `cancel`, from the event loop."""
-    shared_hop().send(partial(reaper.cancel, request_id))
+def leave(request_id: str) -> None:
+    """A client of this process has gone: the request is cancelled, unless others read it or it may go on. Blocking."""
+    reaper.leave(request_id, presence.web_id())
+
+
+def leave_soon(request_id: str) -> None:
+    """As `leave`, from the event loop."""
+    shared_hop().send(partial(leave, request_id))
 
 
 @contextmanager
-def unless_finished(request_id: str) -> Iterator[None]:
-    """Cancels the request if the block is left by anything but its end; a Refusal is such an end."""
+def unless_finished(request_id: str, *, is_batch: bool = False) -> Iterator[None]:
+    """Leaves the request if the block is left by anything but its end; a Refusal is such an end.
+
+    A line of a batch has nobody who could go away: it goes on, and whoever feeds the batch next finds it.
+    """
     try:
         yield
     except Refusal:
         raise
     except BaseException:
-        cancel_soon(request_id)
+        if not is_batch:
+            leave_soon(request_id)
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.chat.prompt import RESERVED_NAMES, ChatPrompt, Message, ToolCall
 
 MAX_MESSAGES = 4096
@@ -106,6 +106,17 @@ class UserMessage(BaseModel):
         return Message(role="user", content=text_of(self.content), name=self.name)
 
 
+def arguments_of(text: str) -> dict[str, Any]:
+    """What a call's text says. Raises ValueError."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError("arguments are a JSON object in a string") from error
+    if not isinstance(found, dict):
+        raise ValueError("arguments are a JSON object in a string")
+    return bounded_json(found)
+
+
 class CalledFunction(BaseModel):
     """arguments is JSON in a string, as models write it, or the object itself."""
 
@@ -117,15 +128,7 @@ class CalledFunction(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _is_an_object(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return value
-        try:
-            found = json.loads(value or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ValueError("arguments are a JSON object in a string") from error
-        if not isinstance(found, dict):
-            raise ValueError("arguments are a JSON object in a string")
-        return bounded_json(found)
+        return arguments_of(value) if isinstance(value, str) else value
 
 
 class CallBody(BaseModel):

@@ -16,7 +16,7 @@ import pydantic
 import structlog
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.exceptions import ValidationError as ModelValidationError
-from django.db import DatabaseError, InterfaceError, OperationalError
+from django.db import DatabaseError, DataError, InterfaceError, OperationalError
 from django.db.models.deletion import ProtectedError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.views import defaults
@@ -25,7 +25,7 @@ from redis import exceptions as redis_errors
 from rest_framework import exceptions as drf
 from rest_framework.response import Response
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.api.headers import request_id_of
 
 log = structlog.get_logger("llmsite.errors")
@@ -44,27 +44,39 @@ STATUS: dict[str, int] = {
     "invalid_grammar": 400,
     "invalid_schema": 400,
     "grammar_dead_end": 400,
+    "previous_response_not_found": 400,
     "missing_api_key": 401,
     "invalid_api_key": 401,
     "expired_api_key": 401,
+    "key_revoked": 401,
     "quota_exhausted": 402,
     "forbidden": 403,
     "tenant_suspended": 403,
+    "file_limit_exceeded": 403,
     "not_found": 404,
     "model_not_found": 404,
     "adapter_not_found": 404,
+    "file_not_found": 404,
+    "batch_not_found": 404,
+    "model_withdrawn": 404,
+    "adapter_withdrawn": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,
     "request_timeout": 408,
     "client_too_slow": 408,
     "conflict": 409,
     "request_cancelled": 409,
+    "idempotency_key_conflict": 409,
+    "idempotent_answer_lost": 409,
+    "events_not_kept": 410,
     "request_too_large": 413,
     "unsupported_media_type": 415,
     "validation_error": 422,
     "rate_limit_exceeded": 429,
     "too_many_concurrent_requests": 429,
+    "too_many_concurrent_streams": 429,
     "quota_reserved": 429,
+    "batch_limit_exceeded": 429,
     "internal_error": 500,
     "generation_failed": 500,
     "capability_disabled": 501,
@@ -73,13 +85,24 @@ STATUS: dict[str, int] = {
     "service_unavailable": 503,
     "llm_not_loaded": 503,
     "llm_unavailable": 503,
+    "model_does_not_fit": 503,
     "no_model": 503,
     "worker_lost": 503,
     "generation_timeout": 504,
 }
 """Every code that any room may refuse with; a test holds it against the source."""
 
-NEVER_RETRY = frozenset({"quota_exhausted", "request_cancelled", "conflict"})
+NEVER_RETRY = frozenset(
+    {
+        "quota_exhausted",
+        "request_cancelled",
+        "conflict",
+        "idempotency_key_conflict",
+        "idempotent_answer_lost",
+        "capability_disabled",
+        "model_does_not_fit",
+    }
+)
 """Clients that retry 409 and 429 by themselves are told not to; nor where a limit never frees."""
 
 OUTAGES = (
@@ -277,7 +300,11 @@ def _rate_message(facts: Mapping[str, Any], seconds: int) -> str | None:
 
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_.]*")
 FORMS = frozenset({"str", "int", "float", "bool", "pairs", "by_id"})
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+KINDS = {
+    "messages": frozenset({"system", "developer", "user", "assistant", "tool"}),
+    "input": frozenset({"message", "function_call", "function_call_output", "reasoning"}),
+}
+"""By which the form of an entry is chosen: a message's role, an item's type."""
 
 
 def path_of(loc: Sequence[str]) -> str | None:
@@ -286,13 +313,63 @@ def path_of(loc: Sequence[str]) -> str | None:
     for place, part in enumerate(loc):
         if part.isdigit() and path:
             path += f"[{part}]"
-        elif place == 2 and loc[0] == "messages" and part in ROLES:
-            continue  # the form of a message is chosen by its role
+        elif place == 2 and part in KINDS.get(loc[0], ()):
+            continue
         elif part in FORMS or not FIELD_NAME.fullmatch(part):
             break
         else:
             path += f".{part}" if path else part
     return path or None
+
+
+class AnthropicErrors:
+    """Anthropic's: {"type": "error", "error": {"type", "message", "details"}, "request_id"}. The code is in
+    details, where its clients look for a stable one."""
+
+    STATUSES: Mapping[str, int] = {"validation_error": 400, "queue_full": 529, "queue_timeout": 529}
+    TYPES: Mapping[int, str] = {
+        401: "authentication_error",
+        402: "billing_error",
+        403: "permission_error",
+        404: "not_found_error",
+        409: "conflict_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        504: "timeout_error",
+        529: "overloaded_error",
+    }
+
+    def status(self, code: str) -> int:
+        return self.STATUSES.get(code) or STATUS.get(code, 500)
+
+    def body(self, refusal: Refusal, request_id: str) -> bytes:
+        return orjson.dumps(self.content(refusal, request_id), default=str)
+
+    def content(self, refusal: Refusal, request_id: str) -> dict[str, Any]:
+        status = self.status(refusal.code)
+        kind = self.TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        error = {"type": kind, "message": self._message(refusal), "details": {"error_code": refusal.code}}
+        return {"type": "error", "error": error, "request_id": request_id}
+
+    def _message(self, refusal: Refusal) -> str:
+        facts = refusal.extra
+        match refusal.code:
+            case "invalid_api_key":
+                return "invalid x-api-key"
+            case "model_not_found" if "model" in facts:
+                return f"model: {facts['model']}"
+            case "context_length_exceeded" if "n_ctx" in facts:
+                return f"prompt is too long: {facts['n_prompt_tokens']} tokens > {facts['n_ctx'] - 1} maximum"
+            case "validation_error" if facts.get("fields"):
+                first = facts["fields"][0]
+                place = dotted(first["loc"])
+                return f"{place}: {first['message']}" if place else refusal.message
+        return refusal.message
+
+
+def dotted(loc: Sequence[str]) -> str:
+    """The field of the body as Anthropic writes it: messages.0.content. Names of forms stand in parentheses."""
+    return ".".join(part for part in loc if not part.startswith("("))
 
 
 class EveryErrors:
@@ -310,6 +387,9 @@ NATIVE = NativeErrors()
 LLAMA = LlamaErrors()
 OPENAI = OpenAIErrors()
 OPENAI_CHAT, OPENAI_COMPLETIONS = OpenAIErrors("messages"), OpenAIErrors("prompt")
+OPENAI_RESPONSES = OpenAIErrors("input")
+OPENAI_EMBEDDINGS = OpenAIErrors("input")
+ANTHROPIC = AnthropicErrors()
 EVERY = EveryErrors()
 
 
@@ -348,6 +428,9 @@ def to_refusal(error: Exception, *, method: str, path: str, stage: str = "reques
     if isinstance(error, OUTAGES) or _is_locked(error):
         log.warning("a dependency does not answer", error_type=type(error).__name__, path=path)
         return Refusal("service_unavailable", "The service is busy or restarting; try again.", retry_after=2)
+    if isinstance(error, DataError):  # its words may repeat the value, so they are not logged
+        log.warning("the database takes no such value", error_type=type(error.__cause__).__name__, path=path)
+        return Refusal("bad_request", "The request holds a value that cannot be stored.")
     known = _from_framework(error, method)
     if known is not None:
         return known
@@ -469,7 +552,12 @@ def server_error(request: HttpRequest) -> HttpResponse:
     if is_console(request.path):
         return defaults.server_error(request)
     refusal = Refusal("internal_error", "The server had an error while processing the request.", path=request.path)
-    return error_response(NATIVE, refusal, request_id_of(request))
+    return error_response(_shape_of(request.path), refusal, request_id_of(request))
+
+
+def _shape_of(path: str) -> ErrorShape:
+    """Of an address that no view has: whose clients would ask for it?"""
+    return ANTHROPIC if path.startswith("/v1/messages") else NATIVE if path.startswith("/v1/admin") else EVERY
 
 
 def _plain_or_json(
@@ -479,7 +567,7 @@ def _plain_or_json(
     if is_console(request.path):
         return page(request, exception)
     refusal = to_refusal(exception, method=request.method or "", path=request.path)
-    return error_response(NATIVE, refusal, request_id_of(request))
+    return error_response(_shape_of(request.path), refusal, request_id_of(request))
 
 
 def is_console(path: str) -> bool:

@@ -13,10 +13,10 @@ from typing import Any
 
 from django.conf import settings
 
-from accounts.refusals import Refusal
-from inference.completion_cache import Completion
+from accounts.trail.refusals import Refusal
 from inference.engine.types import TokenProbs
-from inference.stream import SlowFollower, StreamEvent, StreamReader
+from inference.transport.completion_cache import Completion
+from inference.transport.stream import SlowFollower, StreamEvent, StreamReader
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "cancelled"}
 """From the engine's word to the one that clients know; every other end is an error."""
@@ -82,6 +82,7 @@ LOST = ("worker_lost", "The worker died during this request; nothing is charged.
 STOPPING = ("service_unavailable", "The worker is stopping; nothing is charged.", 2)
 CANCELLED = ("request_cancelled", "The request was cancelled.", None)
 NOT_TAKEN = ("validation_error", "The model does not take these parameters; nothing is charged.", None)
+UNTIL_THEN = "What was generated until then is charged."
 FAILURES: dict[str, tuple[str, str, float | None]] = {
     "worker_lost": LOST,
     "request_lost": LOST,
@@ -92,10 +93,34 @@ FAILURES: dict[str, tuple[str, str, float | None]] = {
     "queue_timeout": ("queue_timeout", "No slot became free in time; nothing is charged.", 5),
     "deadline": ("generation_timeout", "The request did not end within its time.", None),
     "cancelled": CANCELLED,
+    "key_revoked": ("key_revoked", f"This API key was revoked during the request. {UNTIL_THEN}", None),
+    "key_expired": ("expired_api_key", f"This API key expired during the request. {UNTIL_THEN}", None),
+    "tenant_suspended": ("tenant_suspended", f"The tenant was suspended during the request. {UNTIL_THEN}", None),
+    "model_withdrawn": ("model_withdrawn", f"The tenant lost this model during the request. {UNTIL_THEN}", None),
+    "adapter_withdrawn": (
+        "adapter_withdrawn",
+        f"The tenant lost an adapter of this request during it. {UNTIL_THEN}",
+        None,
+    ),
+    "quota_exhausted": (
+        "quota_exhausted",
+        f"The quota was lowered during the request and does not cover it any more. {UNTIL_THEN}",
+        None,
+    ),
     "llm_unavailable": ("llm_unavailable", "The model cannot be loaded; nothing is charged.", 30),
+    "model_does_not_fit": (
+        "model_does_not_fit",
+        "The model needs more memory than this server has for it; nothing is charged. Its operator can help.",
+        None,
+    ),
     "adapter_not_loaded": ("adapter_not_found", "An adapter was removed before its turn; nothing is charged.", None),
     "adapter_file_invalid": ("llm_unavailable", "An adapter cannot be loaded; nothing is charged.", 30),
     "adapters_not_supported": NOT_TAKEN,
+    "embeddings_not_supported": (
+        "capability_not_supported",
+        "The operator has switched embeddings off; nothing is charged.",
+        None,
+    ),
     "invalid_request": NOT_TAKEN,
     "invalid_sampling": NOT_TAKEN,
     "invalid_token": NOT_TAKEN,
@@ -134,6 +159,8 @@ class Collected:
     """Empty unless the ticket asks for them."""
     probs: list[TokenProbs] = field(default_factory=list)
     """One for each generated token, in their order, where the ticket's sampling.num_probs asks for them, else empty."""
+    vectors: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    """Where no text was wanted: by the place of the input, (num_vectors, data) as in engine.types.Embedded."""
 
 
 async def collect(request_id: str) -> Collected:
@@ -141,17 +168,20 @@ async def collect(request_id: str) -> Collected:
     parts: list[str] = []
     tokens: list[int] = []
     probs: list[TokenProbs] = []
+    vectors: dict[int, tuple[int, bytes]] = {}
     async with reader().follow(request_id) as events:
         async for event in events:
             if event.kind == "delta":
                 parts.append(event.data["text"])
                 tokens += event.data.get("tokens", ())
                 probs += event.probs()
+            elif event.kind == "vectors":
+                vectors |= event.vectors()
             elif event.kind == "finished":
                 ending = ending_of(event)
                 if ending.finish_reason is None or ending.finish_reason == "cancelled":
                     raise failure(ending)
-                return Collected("".join(parts), ending, tokens, probs)
+                return Collected("".join(parts), ending, tokens, probs, vectors)
     raise failure(Ending("error", error="request_lost"))
 
 
@@ -161,9 +191,19 @@ def events_of_cached(found: Completion) -> tuple[StreamEvent, Ending, str]:
     return delta, ending_of_cached(found), "0-2"
 
 
-async def follow(request_id: str, last_id: str = "0") -> AsyncGenerator[StreamEvent]:
-    """The start, deltas and the end. Raises Refusal if the stream breaks off, or if its reader here was too slow."""
+async def follow(request_id: str, *, is_replay: bool = False) -> AsyncGenerator[StreamEvent]:
+    """The start, deltas and the end. is_replay: much may be there already.
+
+    Raises Refusal if the stream breaks off, or if its reader here was too slow.
+    """
+    last_id = "0"
     try:
+        if is_replay:
+            async for event in reader().past(request_id):
+                yield event
+                if event.kind == "finished":
+                    return
+                last_id = event.id
         async with reader().follow(request_id, last_id) as events:
             async for event in events:
                 yield event

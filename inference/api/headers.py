@@ -5,20 +5,22 @@ Pure but for reading the scope: `llmsite.request_id` and `llmsite.log` are writt
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from django.http import HttpRequest, HttpResponseBase
 
-from accounts.limits import MAX_LIMIT
+from accounts.limits.precedence import MAX_LIMIT
 
 UNLIMITED = str(MAX_LIMIT)
 """Stands for "no limit" in x-ratelimit-limit-*: the headers are always there and always whole numbers."""
 
 
 class Rate(Protocol):
-    """As much of accounts.throttling.RateState as the headers say."""
+    """As much of accounts.limits.throttling.RateState as the headers say."""
 
     @property
     def limit(self) -> int | None: ...
@@ -57,6 +59,21 @@ def rate_headers(kind: str, rate: Rate | None) -> dict[str, str]:
         f"x-ratelimit-limit-{kind}": limit,
         f"x-ratelimit-remaining-{kind}": remaining,
         f"x-ratelimit-reset-{kind}": reset,
+    }
+
+
+def anthropic_rate_headers(kind: str, rate: Rate | None, *, now: datetime | None = None) -> dict[str, str]:
+    """anthropic-ratelimit-{requests,tokens}-{limit,remaining,reset}, where a reset is a moment. None as above."""
+    moment = now or datetime.now(UTC)
+    if rate is None or rate.limit is None:
+        limit, remaining = UNLIMITED, UNLIMITED
+    else:
+        limit, remaining = str(rate.limit), str(max(0, rate.remaining or 0))
+        moment += timedelta(seconds=math.ceil(rate.reset_seconds or 0))
+    return {
+        f"anthropic-ratelimit-{kind}-limit": limit,
+        f"anthropic-ratelimit-{kind}-remaining": remaining,
+        f"anthropic-ratelimit-{kind}-reset": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 

@@ -1,5 +1,8 @@
 """/healthz, /readyz, /modelz: what a load balancer and an operator ask first. No key, no load is ever triggered.
 
+A default model that its next request would load counts as ready: else whoever sends no requests to a site that is not
+ready would never have it loaded.
+
 /healthz touches nothing. The others look at the database, Redis and the workers' heartbeats, each on a thread of its
 own with a bound of a second: a dependency that hangs is reported, it does not hang the answer.
 """
@@ -7,9 +10,9 @@ own with a bound of a second: a dependency that hangs is reported, it does not h
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,32 +22,37 @@ from django.http import HttpRequest, HttpResponse
 from drf_spectacular.utils import extend_schema
 from redis import RedisError
 
-from inference import registry
 from inference.api.async_view import AsyncAPIView, json_response
 from inference.api.hop import tidy_connections
 from inference.api.native.schemas import HealthReply, ModelzReply, ReadyReply
-from inference.queue import WorkerInfo, ticket_queue
-from inference.registry import Served
+from inference.catalog import registry
+from inference.catalog.served import Served
+from inference.transport.model_orders import ModelState, state_of
+from inference.transport.queue import WorkerInfo, ticket_queue
 
 CHECK_SECONDS = 1.0
 Found = TypeVar("Found")
 
 
 class Probe:
-    """One thread that asks one dependency. While an earlier question hangs, later ones fail at once."""
+    """One thread that asks one dependency, always the same. Whoever comes meanwhile has that answer, too; once it
+    hangs, all fail at once."""
 
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"probe-{name}")
         self._last: Future[Any] | None = None
+        self._asked_at = 0.0
 
     async def ask(self, question: Callable[[], Found]) -> Found | None:
-        """None where the dependency failed, hangs, or did not answer within CHECK_SECONDS."""
-        if self._last is not None and not self._last.done():
+        """None where the dependency failed, or did not answer within CHECK_SECONDS of the question."""
+        if self._last is None or self._last.done():
+            self._last = self._executor.submit(question)
+            self._asked_at = time.monotonic()
+        seconds_left = self._asked_at + CHECK_SECONDS - time.monotonic()
+        if seconds_left <= 0:
             return None
-        future = self._executor.submit(question)
-        self._last = future
         try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), CHECK_SECONDS)
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._last)), seconds_left)
         except (TimeoutError, DatabaseError, RedisError, OSError):
             return None
 
@@ -74,24 +82,8 @@ async def _look() -> tuple[tuple[Served | None] | None, list[WorkerInfo] | None]
     return await asyncio.gather(database.ask(_default_model), redis.ask(_live_workers))
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerState:
-    """What one worker's heartbeat says about one model."""
-
-    is_loaded: bool = False
-    error: str | None = None
-
-
-def worker_state(worker: WorkerInfo, model: Served) -> WorkerState:
-    """From `models` of its heartbeat (HostedModel.report)."""
-    for said in worker.info.get("models", ()):
-        if said["id"] == model.id:
-            return WorkerState(is_loaded=said["state"] == "ready", error=said.get("error") or None)
-    return WorkerState()
-
-
-def _holds(workers: list[WorkerInfo], model: Served) -> bool:
-    return any(worker_state(worker, model).is_loaded for worker in workers)
+def _state(model: Served | None, workers: list[WorkerInfo] | None) -> ModelState:
+    return state_of(model, workers or ()) if model else ModelState(state="missing")
 
 
 class HealthView(AsyncAPIView):
@@ -115,9 +107,9 @@ class ReadyView(AsyncAPIView):
     async def get(self, request: HttpRequest) -> HttpResponse:
         answer, workers = await _look()
         model = answer[0] if answer else None
-        loaded = bool(model and workers and _holds(workers, model))
+        state = _state(model, workers)
         must_hold = settings.CONFIG.require_model_ready
-        ready = answer is not None and workers is not None and (loaded or not must_hold)
+        ready = answer is not None and workers is not None and (state.would_serve or not must_hold)
         content = {
             "status": "ready" if ready else "not ready",
             "db": "error" if answer is None else "ok",
@@ -125,8 +117,9 @@ class ReadyView(AsyncAPIView):
             "workers": len(workers or ()),
             "model_load_mode": model.load_mode if model else "off",
             "require_model_ready": must_hold,
-            "model_loaded": loaded,
-            "llm": _llm(model, workers, loaded),
+            "model_loaded": state.is_loaded,
+            "llm": _llm(model, state),
+            "progress": state.progress,
         }
         return json_response(content, 200 if ready else 503)
 
@@ -143,34 +136,36 @@ class ModelzView(AsyncAPIView):
     async def get(self, request: HttpRequest) -> HttpResponse:
         answer, workers = await _look()
         model = answer[0] if answer else None
-        loaded = bool(model and workers and _holds(workers, model))
+        state = _state(model, workers)
+        loaded = state.is_loaded
         content = {
             "status": "ok" if loaded else "not ready",
             "model_load_mode": model.load_mode if model else "off",
             "model_loaded": loaded,
-            "model_error": None if loaded else _why_not(answer is not None, model, workers),
-            "llm": _llm(model, workers, loaded),
+            "model_error": None if loaded else _why_not(answer is not None, model, workers, state),
+            "llm": _llm(model, state),
         }
         return json_response(content, 200 if loaded else 503)
 
 
-def _llm(model: Served | None, workers: list[WorkerInfo] | None, loaded: bool) -> str:
-    if loaded:
-        return "ok"
+def _llm(model: Served | None, state: ModelState) -> str:
+    """ok, or in one word why not."""
     if model is None:
         return "no model"
-    return "loading" if any(worker.pool == model.pool for worker in workers or ()) else "no worker"
+    return {"ready": "ok", "missing": "no worker"}.get(state.state, state.state)
 
 
-def _why_not(database_answers: bool, model: Served | None, workers: list[WorkerInfo] | None) -> str:
+def _why_not(database_answers: bool, model: Served | None, workers: list[WorkerInfo] | None, state: ModelState) -> str:
     if not database_answers:
         return "the database does not answer"
     if model is None:
         return "no default model is registered"
     if workers is None:
         return "Redis does not answer"
-    pool = [worker for worker in workers if worker.pool == model.pool]
-    if not pool:
+    if state.state == "missing":
         return "no worker serves the model's pool"
-    errors = [error for worker in pool if (error := worker_state(worker, model).error)]
-    return errors[0][:200] if errors else "the model is being loaded"
+    if state.error:
+        return state.error[:200]
+    if state.state == "unloaded" and state.comes_on_demand:
+        return "the model is loaded by its next request"
+    return "the model is being loaded"

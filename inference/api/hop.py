@@ -16,7 +16,7 @@ import structlog
 from django.conf import settings
 from django.db import connections
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 
 Outcome = TypeVar("Outcome")
 

@@ -18,7 +18,7 @@ from rest_framework.request import Request
 
 from inference.api.async_view import AsyncAPIView
 
-FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_VIA")
+FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_", "HTTP_X_REAL_IP", "HTTP_VIA")
 
 
 class MetricsView(AsyncAPIView):
@@ -53,7 +53,7 @@ def _networks() -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
 
 def _comes_from_allowed_network(request: HttpRequest) -> bool:
     """Whoever forwards for others is no member of the network himself: then a key is asked for."""
-    if any(name in request.META for name in FORWARDING_HEADERS):
+    if any(name.startswith(FORWARDING_HEADERS) for name in request.META):
         return False
     try:
         address = ipaddress.ip_address(request.META.get("REMOTE_ADDR", ""))

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
-from accounts.refusals import Refusal
-from inference.admission import Admitted, CachedAnswer
+from accounts.trail.refusals import Refusal
 from inference.api.errors import to_refusal
 from inference.api.following import ending_of, events_of_cached, failure
 from inference.api.parts import Entrance, Parts
 from inference.api.sse import KEEP_ALIVE_SECONDS, EventStream, with_keep_alive
 from inference.api.streaming import RESTARTING, Frames, spoken
+from inference.intake.admission import Admitted, CachedAnswer
 
 QUEUE_SIZE = 64
 """Frames that wait for the client; behind them the followers' own queues fill up."""
@@ -51,7 +51,7 @@ async def open_part_stream(
         last_words=partial(words.error, RESTARTING),
     )
     response.headers["x-cache"] = "hit" if isinstance(first, CachedAnswer) else "miss"
-    if isinstance(first, Admitted) and first.clamped:
+    if parts.is_clamped:
         response.headers["x-quota-clamped"] = "true"
     return response
 
@@ -60,7 +60,7 @@ class _Merged:
     """The frames of all parts in the order in which they come."""
 
     def __init__(self, parts: Parts, first: Admitted | CachedAnswer, frames_of: FramesOf) -> None:
-        self._frames_of, self._route = frames_of, parts.route
+        self._frames_of, self._route, self._parts = frames_of, parts.route, parts
         self._queue: asyncio.Queue[bytes | Refusal | None] = asyncio.Queue(QUEUE_SIZE)
         self._num_open = len(parts.orders)
         entrance = Entrance(parts, first)
@@ -81,6 +81,7 @@ class _Merged:
         """Idempotent; what still runs is cancelled."""
         for task in self._tasks:
             task.cancel()
+        self._parts.close_soon()
 
     async def _feed(self, number: int, entrance: Entrance) -> None:
         try:

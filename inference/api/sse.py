@@ -6,12 +6,15 @@ Runs on the event loop; knows bytes, no dialect. https://html.spec.whatwg.org/mu
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 import orjson
 from django.http import StreamingHttpResponse
+
+from inference.transport.holding import Position
 
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 10.0
@@ -26,6 +29,29 @@ def frame(data: Any, *, event: str | None = None, event_id: str | None = None) -
     if event:
         head += b"event: " + event.encode() + b"\n"
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def numbered(said: bytes, event_id: str) -> list[tuple[Position, bytes]]:
+    """What a dialect said of one event, frame by frame, each with an id behind which a reader may resume.
+
+    The last one has the event's own, those before it `<id>.1`, `<id>.2`, ...
+    """
+    frames = said.split(b"\n\n")[:-1]  # JSON has no raw line breaks
+    if len(frames) == 1 and said.startswith(b"id: " + event_id.encode() + b"\n"):
+        return [(position_of(event_id), said)]
+    found = []
+    for number, text in enumerate(frames, 1):
+        frame_id = event_id if number == len(frames) else f"{event_id}.{number}"
+        rest = text.partition(b"\n")[2] if text.startswith(b"id: ") else text
+        found.append((position_of(frame_id), b"id: " + frame_id.encode() + b"\n" + rest + b"\n\n"))
+    return found
+
+
+def position_of(frame_id: str) -> Position:
+    """Behind the whole event, or behind one of its frames. Raises ValueError."""
+    event_id, _, frame_number = frame_id.partition(".")
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number or 0), int(frame_number) if frame_number else math.inf
 
 
 async def with_keep_alive(frames: AsyncGenerator[bytes], seconds: float) -> AsyncGenerator[bytes]:
@@ -61,7 +87,7 @@ class EventStream(StreamingHttpResponse):
         self.frames = frames
         self.last_words = last_words
         self.is_finished = False
-        self._abandon = abandon
+        self.abandon = abandon
         self.parts = self._watched()
         super().__init__(self.parts, content_type="text/event-stream", headers=HEADERS)
         self._resource_closers.append(self._end)  # type: ignore[attr-defined]
@@ -76,7 +102,7 @@ class EventStream(StreamingHttpResponse):
         """Called by whoever closes the response, also when it never got to the first frame."""
         if not self.is_finished:
             self.is_finished = True
-            self._abandon()
+            self.abandon()
         on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from inference.bench import machine
 from inference.bench.batching import LEAST_BATCH, MOST_RATIO, BatchRun, BatchStudy
 from inference.bench.digest import Target
 from inference.bench.figures import Spread
@@ -18,6 +17,7 @@ from inference.bench.footprint import total_pss_mb
 from inference.bench.page import grid
 from inference.bench.report import FORMAT, rounded
 from inference.bench.tables import table, verdict
+from inference.tuning import machine
 
 HEADINGS = (
     "",

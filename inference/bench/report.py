@@ -8,11 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from inference.bench import machine, page
+from inference.bench import page
 from inference.bench.digest import Digest
 from inference.bench.figures import PACK_UNIT_SECONDS, pack
 from inference.bench.gateway import Point, Study
 from inference.bench.tables import verdict
+from inference.tuning import machine
 
 FORMAT = 1
 

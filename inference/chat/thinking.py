@@ -32,6 +32,16 @@ def tags_of(template: str) -> Tags:
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """What a conversation says of whether its answer begins within thoughts. has_begun: the assistant's text that goes
+    on leaves off in them. may_begin: the template can open them, which the end of the prompt shows."""
+
+    tags: Tags
+    has_begun: bool
+    may_begin: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Spoken:
     """A piece of an answer."""
 

@@ -16,6 +16,7 @@ from inference.engine.runner import EngineRunner
 from inference.engine.stats import EngineStats
 from inference.engine.types import (
     DEFAULT_SAMPLERS,
+    KNOWN_SAMPLERS,
     AdapterVector,
     Decoding,
     Delta,
@@ -24,7 +25,9 @@ from inference.engine.types import (
     Finished,
     FinishReason,
     GenerationRequest,
+    Parked,
     Receipt,
+    Resumed,
     SamplingParams,
     Speculation,
     Started,
@@ -45,6 +48,7 @@ else:
 
 __all__ = [
     "DEFAULT_SAMPLERS",
+    "KNOWN_SAMPLERS",
     "AdapterVector",
     "Backend",
     "CostCurve",
@@ -59,7 +63,9 @@ __all__ = [
     "Finished",
     "GenerationRequest",
     "LlamaBackend",
+    "Parked",
     "Receipt",
+    "Resumed",
     "SamplingParams",
     "SlotWork",
     "Speculation",

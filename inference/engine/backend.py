@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from inference.engine.costs import CostCurve
-from inference.engine.types import AdapterVector, SamplingParams, TokenProbs
+from inference.engine.types import AdapterVector, Embedding, SamplingParams, TokenProbs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,62 @@ class Abilities:
     shift: bool = True
     save: bool = True
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+class VectorPool(Protocol):
+    """Takes the vectors of one input's tokens, and gives what was wanted of them."""
+
+    def add(self, rows: Any) -> None:
+        """Those of the next tokens, as execute() gave them."""
+        ...
+
+    def result(self) -> tuple[int, bytes]:
+        """(num_vectors, data) as in types.Embedded."""
+        ...
+
+
+class EmbeddingBackend(Protocol):
+    """A second context on a loaded model, whose tokens give vectors. It holds an input in each of the places
+    0..n_places-1. Adapters are the model's. An exception means that it is broken."""
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of an input."""
+        ...
+
+    @property
+    def n_places(self) -> int: ...
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens of all places together that one step can compute; of one input, too."""
+        ...
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether an input may be computed in several steps, of embedder.PIECE_TOKENS or multiples of them but for the
+        last. With a model whose tokens see those behind them it may not."""
+        ...
+
+    def set_threads(self, number: int) -> None:
+        """See Backend.set_threads."""
+        ...
+
+    def execute(self, work: Sequence[SlotWork], adapters: AdapterVector) -> list[Any]:
+        """Compute one step; the vectors of each part's tokens, for a pool, until the next. slot_id is the place."""
+        ...
+
+    def pool(self, wanted: Embedding) -> VectorPool:
+        """For the vectors of one input."""
+        ...
+
+    def clear(self, place: int) -> None:
+        """Forget what a place holds."""
+        ...
+
+    def free(self) -> None:
+        """Free everything of this context. Idempotent; before the backend that it was made from."""
+        ...
 
 
 class Backend(Protocol):
@@ -113,6 +169,11 @@ class Backend(Protocol):
         It sees the adapters that are loaded in either. Each is freed on its own. Raises EngineError
         "model_does_not_fit".
         """
+        ...
+
+    def embedder(self) -> EmbeddingBackend:
+        """A context for vectors on the same loaded model, for the same engine. Raises EngineError
+        "model_does_not_fit"."""
         ...
 
     @property
@@ -179,6 +240,19 @@ class Backend(Protocol):
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
+        ...
+
+    def detach(self, slot_id: int) -> int:
+        """Take what chooses an open sequence's tokens out of its slot, which is not open any more and empty. Returns a
+        number for attach() or drop()."""
+        ...
+
+    def attach(self, slot_id: int, number: int) -> None:
+        """Open a slot with what was detached, in the state that it had; restore() follows."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Free what was detached: it is not needed any more."""
         ...
 
     def close(self, slot_id: int) -> None:

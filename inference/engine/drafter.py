@@ -95,6 +95,13 @@ class Drafter:
             self._acceptance[adapters] = base.copy() if base else Acceptance(self._first_chances)
         return self._acceptance[adapters]
 
+    @property
+    def chances(self) -> dict[tuple[str, ...], float]:
+        """By the digests of adapters: how likely the first guess is held to be right. Of vectors that differ by their
+        scales alone, the newest. Any thread may ask."""
+        known = list(self._acceptance.items())
+        return {tuple(digest for digest, _ in vector): acceptance.chances[0] for vector, acceptance in known}
+
     def offers(self, running: Iterable[Sequence]) -> dict[str, Draftable]:
         """What each decoding sequence could have guessed in the next step. Free guesses are made here."""
         if not self._most:

@@ -16,13 +16,14 @@ from itertools import islice
 from pathlib import Path
 
 from inference.engine import sampling, seating
-from inference.engine.backend import Backend, Chosen, SlotWork
+from inference.engine.backend import Backend, Chosen, EmbeddingBackend, SlotWork
 from inference.engine.drafter import Drafter
 from inference.engine.drafting import DraftSettings, DraftTerms
+from inference.engine.embedder import Embedder
 from inference.engine.plan import Candidate, ScheduleView, Seat, StepPlan, Turn
 from inference.engine.prefix import Held, common_prefix
 from inference.engine.scheduler import schedule
-from inference.engine.sequence import Sequence
+from inference.engine.sequence import ParkedState, Sequence
 from inference.engine.slot_keeper import SlotKeeper, SlotState
 from inference.engine.slots import SlotName, SlotTable
 from inference.engine.speculative import Proposer
@@ -31,18 +32,26 @@ from inference.engine.stats import Counters, EngineStats
 from inference.engine.types import (
     AdapterVector,
     Delta,
+    Embedding,
     EngineError,
     Finished,
     FinishReason,
     GenerationRequest,
+    Parked,
+    Resumed,
     SlotReport,
     Started,
     TokenEvent,
     effective,
 )
 
-STEP_SECONDS = 0.1
+STEP_SECONDS = 0.2
 """How long a step may take because of prompt tokens: the bound on what a long prompt adds to everyone's next token."""
+
+EMBED_ALONE_SECONDS = 0.25
+"""The same for a step that embeds while nobody generates: fuller steps are faster, and whoever comes waits for one."""
+MAX_PARKED_SECONDS = 5.0
+"""A sequence that was parked for longer gets the next free slot, whoever waits."""
 
 NO_DRAFTS = DraftTerms()
 DRIFT_WEIGHT = 0.2
@@ -58,7 +67,7 @@ class Engine:
 
     clock: monotonic seconds. draw_seed: seeds for requests that bring none. proposer: who guesses tokens, on the terms
     of draft_settings; None is nobody. It is freed with the backend. state_bytes: room for the states of slots that
-    others took.
+    others took. embedder: for requests that want vectors; None refuses them. It is freed with the backend.
     """
 
     def __init__(
@@ -71,8 +80,10 @@ class Engine:
         state_bytes: int = 0,
         proposer: Proposer | None = None,
         draft_settings: DraftSettings | None = None,
+        embedder: EmbeddingBackend | None = None,
     ) -> None:
         self._backend = backend
+        self._embedder = Embedder(embedder) if embedder else None
         self._drafter: Drafter | None = None
         if proposer is not None:
             most = backend.max_draft_tokens if backend.abilities.trim else 0
@@ -83,8 +94,9 @@ class Engine:
         self._slots = SlotTable(backend.n_slots)
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: dict[str, Sequence] = {}
+        self._parked: OrderedDict[str, Sequence] = OrderedDict()
         self._next_deadline = math.inf
-        self._drift = 1.0  # seconds that steps really take, per expected second
+        self._drift = 1.0  # seconds that reading prompts really takes, per expected second
         self._turn = Turn()
         self._counters = Counters()
         self._events: list[TokenEvent] = []
@@ -97,19 +109,37 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting or self._parked or self._embedder)
+
+    @property
+    def num_held_back(self) -> int:
+        """Of the waiting requests, those that only a busy slot can serve, as of the latest step. Any thread."""
+        return self._num_held_back
+
+    @property
+    def num_parked(self) -> int:
+        """Any thread."""
+        return len(self._parked)
 
     @property
     def num_live(self) -> int:
-        return len(self._running) + len(self._waiting)
+        return len(self._running) + len(self._waiting) + len(self._parked) + len(self._embedder or ())
+
+    @property
+    def _all_live(self) -> tuple[Sequence, ...]:
+        embedding = self._embedder.live if self._embedder else ()
+        return (*self._running.values(), *self._parked.values(), *self._waiting.values(), *embedding)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that this engine could never serve. Reads constants only, so any thread may call it.
 
-        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling", "adapters_not_supported" or
-        "adapter_not_loaded".
+        Raises EngineError "prompt_too_long", "invalid_request", "invalid_sampling", "embeddings_not_supported",
+        "adapters_not_supported" or "adapter_not_loaded".
         """
         backend = self._backend
+        if request.embedding is not None:
+            self._check_embedding(request, request.embedding)
+            return
         if not request.prompt or request.max_tokens < 0:
             raise EngineError("invalid_request", "a request needs a prompt token and max_tokens of at least 0")
         if len(request.prompt) >= backend.n_ctx:
@@ -118,13 +148,24 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens and exceeds the available context size: "
                 f"{backend.n_ctx} tokens, at least one of them for the answer",
             )
-        if min(request.prompt) < 0 or max(request.prompt) >= backend.n_vocab:
-            raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {backend.n_vocab}")
+        self._check_vocabulary(request.prompt)
         self._check_adapters(request.adapters)
         slot_id = request.decoding.slot_id
         if slot_id is not None and not 0 <= slot_id < backend.n_slots:
             raise EngineError("invalid_request", f"there is no slot {slot_id} of {backend.n_slots}")
         sampling.check(request.sampling, backend.n_vocab)
+
+    def _check_embedding(self, request: GenerationRequest, wanted: Embedding) -> None:
+        if self._embedder is None:
+            raise EngineError("embeddings_not_supported", "this model is served without embeddings")
+        self._embedder.check(request, wanted)
+        self._check_vocabulary(request.prompt)
+        self._check_adapters(request.adapters)
+
+    def _check_vocabulary(self, prompt: tuple[int, ...]) -> None:
+        n_vocab = self._backend.n_vocab
+        if min(prompt) < 0 or max(prompt) >= n_vocab:
+            raise EngineError("invalid_request", f"the prompt has tokens outside the vocabulary of {n_vocab}")
 
     def _check_adapters(self, adapters: AdapterVector) -> None:
         digests = [digest for digest, _ in adapters]
@@ -140,7 +181,10 @@ class Engine:
         """Take a checked request whose id is not live. One whose adapter was unloaded since then ends with ERROR."""
         seed = sampling.settle_seed(request.sampling.seed, self._draw_seed)
         sequence = Sequence(request, seed=seed, submitted_at=submitted_at, arrived_step=self._counters.num_steps)
-        self._waiting[request.request_id] = sequence
+        if request.embedding is not None and self._embedder is not None:
+            self._embedder.add(sequence, request.embedding)
+        else:
+            self._waiting[request.request_id] = sequence
         if not {digest for digest, _ in sequence.adapters} <= self._backend.adapters:
             self._finish(sequence, FinishReason.ERROR, self._clock(), error="adapter_not_loaded")
             return
@@ -152,14 +196,42 @@ class Engine:
         if sequence := self._live(request_id):
             self._finish(sequence, FinishReason.CANCELLED, self._clock())
 
+    def park(self, request_id: str) -> None:
+        """Let a generating sequence make room for one that waits, and go on when a slot is free: with the same tokens
+        as if it had never stopped. Does nothing where that would help nobody, or costs too much."""
+        sequence = self._running.get(request_id)
+        if sequence is None or not sequence.is_decoding or sequence.request.decoding.slot_id is not None:
+            return
+        if sequence.is_truncated:
+            return  # a shift leaves holes in the slot, a restored state has none: its sums differ in their last bits
+        is_of_use = len(self._waiting) > len(self._held_back()) and not self._slots.free
+        if not is_of_use or sequence.slot_id is None or not self._keeper.can_park(sequence.num_computed):
+            return
+        state = self._keeper.park(sequence.slot_id, sequence.num_computed)
+        if state is None:
+            return
+        sequence.parked = ParkedState(state, self._backend.detach(sequence.slot_id))
+        sequence.parked_at = self._clock()
+        sequence.num_parks += 1
+        self._counters.num_parks += 1
+        if self._drafter:
+            self._drafter.close(request_id)
+        self._slots.give_back(sequence.slot_id, request_id)
+        sequence.slot_id = None
+        self._parked[request_id] = self._running.pop(request_id)
+        self._events.append(Parked(request_id))
+
     def end_all(self, error: str) -> None:
         """End every live sequence with ERROR, without touching the backend's state: it may be broken."""
         now = self._clock()
-        for sequence in (*self._running.values(), *self._waiting.values()):
+        for sequence in self._all_live:
             self._events.append(Finished(sequence.request_id, FinishReason.ERROR, sequence.receipt(now), error=error))
             if self._drafter:
                 self._drafter.close(sequence.request_id)
+        if self._embedder:
+            self._embedder.clear()
         self._running.clear()
+        self._parked.clear()
         self._waiting.clear()
         self._slots.clear()
 
@@ -174,9 +246,12 @@ class Engine:
         ]
 
     def check_slot(self, number: int) -> None:
-        """Raises EngineError "invalid_request", or "not_supported" where this memory cannot be saved."""
+        """Raises EngineError "invalid_request"."""
         if not 0 <= number < self._backend.n_slots:
             raise EngineError("invalid_request", f"there is no slot {number} of {self._backend.n_slots}")
+
+    def check_saves(self) -> None:
+        """Raises EngineError "not_supported" where this memory cannot be saved, or what was saved not be put back."""
         if not (self._backend.abilities.save and self._backend.abilities.trim):
             reasons = self._backend.abilities.reasons
             raise EngineError("not_supported", reasons.get("save") or reasons.get("trim") or "slots cannot be saved")
@@ -198,7 +273,9 @@ class Engine:
         came for it. Raises EngineError "state_invalid"; the scope's slot is empty then."""
         scope, number = name
         candidate = Candidate("", 1, adapters=saved.adapters, scope=scope, number=number)
-        (chosen,) = seating.seat(replace(self._view(), waiting=(candidate,)))[0]
+        # who is parked sits in the next plan, not in this one
+        view = replace(self._view(), waiting=(candidate,), parked=(), num_overdue=0)
+        (chosen,) = seating.seat(view)[0]
         self._keeper.make_room(chosen.slot_id)
         if self._drafter:
             self._drafter.forget(chosen.slot_id)
@@ -231,8 +308,7 @@ class Engine:
 
     def unload_adapter(self, digest: str) -> None:
         """Free an adapter. One that is not loaded is left alone. Raises EngineError "adapter_in_use"."""
-        live = (*self._running.values(), *self._waiting.values())
-        if any(digest == each for sequence in live for each, _ in sequence.adapters):
+        if any(digest == each for sequence in self._all_live for each, _ in sequence.adapters):
             raise EngineError("adapter_in_use", f"a live sequence uses adapter {digest}")
         if digest in self._backend.adapters:
             self._backend.unload_adapter(digest)
@@ -253,6 +329,8 @@ class Engine:
         """Compute with so many threads from the next step on. Until steps are measured, half as many take twice as
         long."""
         self._backend.set_threads(number)
+        if self._embedder is not None:
+            self._embedder.set_threads(number)
         self._drift *= before / number
 
     @property
@@ -279,6 +357,38 @@ class Engine:
             self._commit(work, outputs, started=now, executed=executed)
             if self._drafter:
                 self._drafter.spend(self._clock() - now, plan.probe_seconds)
+        if self._embedder:
+            self._embed(self._clock() - now)
+
+    def _embed(self, spent: float) -> None:
+        """A step of the inputs to embed, after one of those that generate took so many seconds. It has the rest of the
+        time that a step may take, and half of it at least: _view leaves as much."""
+        assert self._embedder is not None
+        started = self._clock()
+        seconds = EMBED_ALONE_SECONDS
+        if self._running or self._waiting:
+            seconds = max(self._step_seconds - spent, self._step_seconds / 2)
+        seconds /= self._drift
+        for each in self._embedder.live:
+            if each.started_at is None:
+                each.started_at = started
+        done = self._embedder.step(lambda most: self._backend.cost.tokens_within(seconds, most))
+        now, step = self._clock(), self._counters.num_steps
+        self._counters.count_step(
+            num_sequences=done.num_inputs,
+            num_decoding=0,
+            prompt=sum(done.num_tokens.values()),
+            decoded=0,
+            drafted=0,
+            seconds=now - started,
+        )
+        self._counters.last_step_at = now
+        for request_id, number in done.num_tokens.items():
+            if sequence := self._embedder.get(request_id):
+                sequence.count_step(step, number, done.num_inputs)
+        self._events += done.embedded
+        for sequence in done.done:
+            self._finish(sequence, FinishReason.LENGTH, now)
 
     def stats(self) -> EngineStats:
         """A snapshot; any thread may call it."""
@@ -288,6 +398,8 @@ class Engine:
             busy_slots=self._slots.num_busy,
             num_waiting=len(self._waiting),
             num_held_back=self._num_held_back,
+            num_parked=len(self._parked),
+            num_parks=counters.num_parks,
             num_steps=counters.num_steps,
             num_batched_sequences=counters.num_batched_sequences,
             num_decode_steps=counters.num_decode_steps,
@@ -306,21 +418,27 @@ class Engine:
             accepted_tokens_total=counters.accepted_tokens_total,
             accepted_per_position=tuple(counters.accepted_per_position),
             draft_length=counters.draft_length,
+            draft_chances=self._drafter.chances if self._drafter else {},
         )
 
     def free(self) -> None:
         if self._drafter:
             self._drafter.free()
+        if self._embedder is not None:
+            self._embedder.free()
         self._backend.free()
 
     # plan
 
     def _live(self, request_id: str) -> Sequence | None:
-        return self._running.get(request_id) or self._waiting.get(request_id)
+        embedding = self._embedder.get(request_id) if self._embedder else None
+        generating = self._running.get(request_id) or self._waiting.get(request_id) or self._parked.get(request_id)
+        return generating or embedding
 
     def _view(self) -> ScheduleView:
         free = self._slots.free
         drafter = self._drafter
+        too_long_ago = self._clock() - MAX_PARKED_SECONDS if self._parked else 0.0
         return ScheduleView(
             running=tuple(sequence.candidate() for sequence in self._running.values()),
             waiting=tuple(self._waiting_candidates()) if free else (),
@@ -333,10 +451,12 @@ class Engine:
             num_slots=self._slots.num_slots,
             max_step_tokens=self._backend.max_step_tokens,
             max_chunk_tokens=self._backend.max_chunk_tokens,
-            step_seconds=self._step_seconds / self._drift,
+            step_seconds=self._step_seconds / self._drift / (2 if self._embedder else 1),
             cost=self._backend.cost,
             step=self._counters.num_steps,
             turn=self._turn,
+            parked=tuple(sequence.candidate() for sequence in self._parked.values()),
+            num_overdue=sum(sequence.parked_at < too_long_ago for sequence in self._parked.values()),
             draftable=drafter.offers(self._running.values()) if drafter else {},
             draft_terms=drafter.terms if drafter else NO_DRAFTS,
         )
@@ -359,6 +479,8 @@ class Engine:
     def _held_back(self) -> frozenset[str]:
         """Waiting requests that only a busy slot can serve, as many as there are slots at most: those beyond that take
         any slot, else the requests of one tenant for one slot would fill the engine while other slots are idle."""
+        if not self._waiting:
+            return frozenset()
         pinned = (each.request_id for each in self._waiting.values() if self._waits_for_slot(each))
         return frozenset(islice(pinned, self._slots.num_slots))
 
@@ -388,7 +510,7 @@ class Engine:
         if now < self._next_deadline:
             return
         deadlines = []
-        for sequence in (*self._running.values(), *self._waiting.values()):
+        for sequence in self._all_live:
             deadline = sequence.request.deadline
             if deadline is not None and deadline <= now:
                 self._finish(sequence, FinishReason.DEADLINE, now)
@@ -400,6 +522,9 @@ class Engine:
 
     def _seat(self, seats: Iterable[Seat]) -> None:
         for seat in seats:
+            if seat.is_resumed:
+                self._resume(self._parked.pop(seat.request_id), seat)
+                continue
             sequence = self._waiting.pop(seat.request_id)
             request = sequence.request
             num_cached = self._fill(sequence, seat)
@@ -416,6 +541,26 @@ class Engine:
                     self._drafter.open(sequence, seat.slot_id, num_cached if in_place else 0)
                 sequence.reuse(num_cached)
                 self._counters.cached_tokens_total += num_cached
+
+    def _resume(self, sequence: Sequence, seat: Seat) -> None:
+        """A parked sequence goes on in this slot; what the slot held until now is stored, if that is worth it."""
+        parked, sequence.parked = sequence.parked, None
+        assert parked is not None
+        self._keeper.make_room(seat.slot_id)
+        self._slots.take(seat.slot_id, seat.request_id, (sequence.request.cache_scope, seat.number))
+        sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
+        self._running[seat.request_id] = sequence
+        self._backend.attach(seat.slot_id, parked.detached)
+        seconds = self._clock() - sequence.parked_at
+        sequence.parked_seconds += seconds
+        self._events.append(Resumed(seat.request_id, seconds))
+        try:
+            self._keeper.unpark(seat.slot_id, parked.state, sequence.num_computed)
+        except EngineError as error:
+            self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
+            return
+        if self._drafter:
+            self._drafter.open(sequence, seat.slot_id, 0)
 
     def _fill(self, sequence: Sequence, seat: Seat) -> int:
         """Let the slot hold the beginning of the prompt that the plan found; how many tokens that are. What the slot
@@ -452,8 +597,8 @@ class Engine:
     def _commit(self, work: dict[str, SlotWork], outputs: list[Chosen], *, started: float, executed: float) -> None:
         now = self._clock()
         step = self._counters.num_steps
-        self._count(work, now - started, now)
-        self._observe(sum(len(part.tokens) for part in work.values()), now - executed)
+        num_prompt, num_decoded = self._count(work, now - started, now)
+        self._observe(num_prompt, num_decoded, now - executed)
         for (request_id, part), chosen in zip(work.items(), outputs, strict=True):
             sequence = self._running[request_id]
             sequence.count_step(step, len(part.tokens) - part.num_drafted, len(work))
@@ -470,28 +615,34 @@ class Engine:
             if chosen.error and request_id in self._running:
                 self._finish(sequence, FinishReason.ERROR, now, error=chosen.error)
 
-    def _count(self, work: dict[str, SlotWork], seconds: float, now: float) -> None:
+    def _count(self, work: dict[str, SlotWork], seconds: float, now: float) -> tuple[int, int]:
+        """The step in the counters; its tokens of prompts and its others."""
         decoding = [part for request_id, part in work.items() if self._running[request_id].is_decoding]
         decoded = sum(len(part.tokens) for part in decoding)
+        prompt = sum(len(part.tokens) for part in work.values()) - decoded
         self._counters.count_step(
             num_sequences=len(work),
             num_decoding=len(decoding),
-            prompt=sum(len(part.tokens) for part in work.values()) - decoded,
+            prompt=prompt,
             decoded=decoded,
             drafted=sum(part.num_drafted for part in decoding),
             seconds=seconds,
         )
         self._counters.last_step_at = now
+        return prompt, decoded
 
-    def _observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn how much slower or faster than measured the machine is now: it may be busy, or contexts long.
+    def _observe(self, num_prompt: int, num_decoded: int, seconds: float) -> None:
+        """Learn how much slower or faster than measured the machine reads prompts now: it may be busy, or contexts
+        long. A step counts as far as it read prompts: tokens of many sequences cost more than as many of one, and would
+        make chunks too short.
 
         One step counts between a quarter and four times the expectation, so that an outlier does not shrink chunks.
         """
+        num_tokens = num_prompt + num_decoded
         expected = self._backend.cost.seconds(num_tokens) * self._drift
         if expected > 0:
             ratio = min(max(seconds / expected, 0.25), 4.0)
-            self._drift *= 1 + DRIFT_WEIGHT * (ratio - 1)
+            self._drift *= 1 + DRIFT_WEIGHT * num_prompt / num_tokens * (ratio - 1)
 
     def _extend(self, sequence: Sequence, chosen: Chosen, now: float) -> None:
         """Commit sampled tokens one by one until one of them ends the sequence."""
@@ -524,6 +675,8 @@ class Engine:
         """Why the sequence ends after its latest token, if it does."""
         if sequence.text.stop_word is not None:
             return FinishReason.STOP
+        if sequence.text.is_outdented:
+            return FinishReason.LENGTH
         used_up = sequence.num_completion >= sequence.request.max_tokens
         if self._is_full(sequence) and (used_up or not self._can_shift(sequence)):
             sequence.is_truncated = True
@@ -549,6 +702,8 @@ class Engine:
         num_keep, num_discard = sequence.shift(self._backend.n_ctx, self._backend.adds_bos)
         assert sequence.slot_id is not None
         self._backend.shift(sequence.slot_id, num_keep, num_discard)
+        if self._drafter:
+            self._drafter.shift(sequence, num_keep, num_discard)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> None:
         """End a live sequence: held text first, then the one Finished; its slot is free for the next step."""
@@ -560,7 +715,12 @@ class Engine:
         )
         if self._drafter:
             self._drafter.close(sequence.request_id)
+        if self._embedder:
+            self._embedder.drop(sequence.request_id)
         self._waiting.pop(sequence.request_id, None)
+        if self._parked.pop(sequence.request_id, None) and sequence.parked:
+            self._keeper.drop_parked(sequence.parked.state)
+            self._backend.drop(sequence.parked.detached)
         if self._running.pop(sequence.request_id, None) and sequence.slot_id is not None:
             held = sequence.held(self._counters.num_steps)
             self._slots.give_back(sequence.slot_id, sequence.request_id, held)
@@ -570,17 +730,15 @@ class Engine:
 def _report(slot_id: int, name: SlotName, sequence: Sequence | None, held: Held | None) -> SlotReport:
     scope, number = name
     if sequence is None:
-        return SlotReport(slot_id, scope, number, num_held=len(held.tokens) if held else 0)
-    num_prompt = len(sequence.request.prompt)
+        if held is None:
+            return SlotReport(slot_id, scope, number)
+        return SlotReport(slot_id, scope, number, num_held=len(held.tokens), task=held.task, adapters=held.key[1])
     return SlotReport(
         slot_id,
         scope,
         number,
         request_id=sequence.request_id,
         num_held=sequence.num_computed,
-        num_prompt=num_prompt,
-        num_cached=sequence.cached_tokens,
-        num_processed=min(sequence.num_computed, num_prompt) - sequence.cached_tokens,
-        num_decoded=sequence.num_completion,
-        num_remaining=sequence.request.max_tokens - sequence.num_completion,
+        task=sequence.task(),
+        adapters=sequence.request.adapters,
     )

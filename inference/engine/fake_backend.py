@@ -6,8 +6,8 @@ neighbours. Token ids of any vocabulary are accepted as a prompt; answers are ma
 
 from __future__ import annotations
 
-import ast
 import copy
+import json
 import time
 import zlib
 from array import array
@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inference.engine.backend import NOTHING, Abilities, Chosen, SlotWork
+from inference.engine.backend import NOTHING, Abilities, Chosen, EmbeddingBackend, SlotWork
 from inference.engine.costs import CostCurve
+from inference.engine.thoughts import ThoughtGuard
 from inference.engine.types import AdapterVector, EngineError, SamplingParams, TokenProbs
 
 _WORDS = """the a river light of and stone quiet morning under over carries small bright road to in old story garden
@@ -53,6 +54,7 @@ class _Open:
     seed: int
     num_probs: int = 0
     num_chosen: int = 0
+    guard: ThoughtGuard | None = None
 
 
 def _certain(tokens: Sequence[int], num_probs: int) -> tuple[TokenProbs, ...]:
@@ -101,6 +103,8 @@ class FakeBackend:
         self._answer_tokens = answer_tokens
         self._sleep = sleep
         self._open: dict[int, _Open] = {}
+        self._detached: dict[int, _Open] = {}
+        self._num_detached = 0
         self._seconds_per_switch = seconds_per_switch
         self._attached: AdapterVector = ()
         self._held: dict[int, list[tuple[int, AdapterVector]]] = {}
@@ -112,9 +116,14 @@ class FakeBackend:
 
     def sibling(self) -> FakeBackend:
         backend = copy.copy(self)
-        backend._open, backend._held, backend._attached = {}, {}, ()
+        backend._open, backend._held, backend._attached, backend._detached = {}, {}, (), {}
         backend.threads_now = self.n_threads
         return backend
+
+    def embedder(self) -> EmbeddingBackend:
+        from inference.engine.fake_embedder import FakeEmbedder  # with numpy, which few need
+
+        return FakeEmbedder(self.n_ctx, seconds_per_token=self.cost.seconds(1), sleep=self._sleep)
 
     def set_threads(self, number: int) -> None:
         self.threads_now = number
@@ -142,7 +151,8 @@ class FakeBackend:
             raise ValueError(f"slot {slot_id} does not hold the first {num_cached} tokens of this prompt")
         self._held[slot_id] = kept
         seed = 0 if sampling.temperature <= 0 else seed
-        self._open[slot_id] = _Open(tuple(prompt), seed, num_probs=sampling.num_probs)
+        guard = ThoughtGuard(sampling.thoughts, self.piece) if sampling.thoughts else None
+        self._open[slot_id] = _Open(tuple(prompt), seed, num_probs=sampling.num_probs, guard=guard)
 
     def copy(self, source_id: int, target_id: int) -> None:
         if target_id in self._open:
@@ -188,7 +198,13 @@ class FakeBackend:
     def _next_token(self, opened: _Open, adapters: AdapterVector) -> int:
         seed = opened.seed ^ (zlib.crc32(repr(adapters).encode()) if adapters else 0)
         index = opened.num_chosen
-        return END if index == self._answer_tokens else self._answer(opened.prompt, seed, index)
+        token = END if index == self._answer_tokens else self._answer(opened.prompt, seed, index)
+        if opened.guard is None:
+            return token
+        due = opened.guard.due()
+        token = token if due is None else due
+        opened.guard.take(token)
+        return token
 
     def shift(self, slot_id: int, num_keep: int, num_discard: int) -> None:
         held = self._held[slot_id]
@@ -197,13 +213,14 @@ class FakeBackend:
         del held[num_keep : num_keep + num_discard]
 
     def save(self, slot_id: int) -> bytes:
-        return repr(self._held.get(slot_id, [])).encode()
+        return json.dumps(self._held.get(slot_id, [])).encode()
 
     def restore(self, slot_id: int, state: bytes) -> None:
         self.erase(slot_id)
         try:
-            self._held[slot_id] = ast.literal_eval(state.decode())
-        except (ValueError, SyntaxError) as error:
+            held = json.loads(state)  # ast.literal_eval fails at times where several threads call it
+            self._held[slot_id] = [(token, tuple(tuple(pair) for pair in vector)) for token, vector in held]
+        except (ValueError, TypeError) as error:
             raise EngineError("state_invalid", "these bytes are no state") from error
 
     def trim(self, slot_id: int, num_tokens: int) -> None:
@@ -224,11 +241,26 @@ class FakeBackend:
     def is_end(self, token: int) -> bool:
         return token == END
 
+    def detach(self, slot_id: int) -> int:
+        self._num_detached += 1
+        self._detached[self._num_detached] = self._open.pop(slot_id)
+        self.erase(slot_id)
+        return self._num_detached
+
+    def attach(self, slot_id: int, number: int) -> None:
+        if slot_id in self._open:
+            raise ValueError(f"slot {slot_id} is in use")
+        self._open[slot_id] = self._detached.pop(number)
+
+    def drop(self, number: int) -> None:
+        del self._detached[number]
+
     def close(self, slot_id: int) -> None:
         self._open.pop(slot_id, None)
 
     def free(self) -> None:
         self._open.clear()
+        self._detached.clear()
 
 
 def _linear(seconds_per_step: float, seconds_per_token: float) -> CostCurve:

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from inference.engine.backend import Backend
+from inference.engine.backend import Backend, EmbeddingBackend
 from inference.engine.drafting import DraftSettings
 from inference.engine.engine import draw_seed
 from inference.engine.gate import StepGate
@@ -87,6 +87,7 @@ class _Lane(EngineRunner):
         state_bytes: int,
         states: Iterable[StoredState],
         keep_states: KeepStates | None,
+        embedder: EmbeddingBackend | None,
     ) -> None:
         first_slot = number * backend.n_slots
 
@@ -106,6 +107,7 @@ class _Lane(EngineRunner):
             state_bytes=state_bytes,
             states=states,
             keep_states=keep_renumbered,
+            embedder=embedder,
         )
         self._number, self._first_slot = number, first_slot
         self._outer_sink, self._on_end = sink, on_end
@@ -188,8 +190,8 @@ class LaneRunner:
     """Runs backends of one loaded model side by side, and is used like an EngineRunner; see there.
 
     backends: made by sibling() of the first; they are freed in the end. sink is called on the threads of all lanes, in
-    order for each request. proposers: one a lane. on_crash is called once: by then the crash of one lane has ended the
-    others, too.
+    order for each request. proposers: one a lane. embedder: for the first lane, which has all requests for vectors.
+    on_crash is called once: by then the crash of one lane has ended the others, too.
     """
 
     def __init__(
@@ -206,6 +208,7 @@ class LaneRunner:
         state_bytes: int = 0,
         states: Iterable[StoredState] = (),
         keep_states: KeepStates | None = None,
+        embedder: EmbeddingBackend | None = None,
     ) -> None:
         self._num_slots = backends[0].n_slots
         self._on_crash = on_crash
@@ -232,6 +235,7 @@ class LaneRunner:
                 state_bytes=state_bytes // len(backends),
                 states=shares[number],
                 keep_states=keep_states,
+                embedder=None if number else embedder,
             )
             for number, backend in enumerate(backends)
         ]
@@ -248,7 +252,7 @@ class LaneRunner:
     def submit(self, request: GenerationRequest) -> None:
         """As EngineRunner.submit, in the lane that routing.py chooses or that has the slot asked for."""
         adapters = effective(request.adapters)
-        known = [lane.num_known(request) for lane in self._lanes]
+        known = [0 if request.embedding else lane.num_known(request) for lane in self._lanes]
         with self._lock:
             if not self._is_taking:
                 raise EngineError("engine_stopped", "the engine takes no requests any more")
@@ -260,7 +264,9 @@ class LaneRunner:
 
     def _pinned(self, request: GenerationRequest) -> tuple[int, GenerationRequest] | None:
         """The lane of the slot that a request asks for, and the request as that lane knows the slot. A slot that does
-        not exist is left to the engine's check."""
+        not exist is left to the engine's check. Vectors are the first lane's."""
+        if request.embedding is not None:
+            return 0, request
         slot_id = request.decoding.slot_id
         if slot_id is None:
             return None
@@ -280,6 +286,13 @@ class LaneRunner:
             place = self._places.get(request_id)
         if place is not None:
             self._lanes[place.lane].cancel(request_id)
+
+    def park(self, request_id: str) -> None:
+        """As EngineRunner.park: room is made in the request's own lane."""
+        with self._lock:
+            place = self._places.get(request_id)
+        if place is not None:
+            self._lanes[place.lane].park(request_id)
 
     def load_adapter(self, digest: str, path: str | Path) -> None:
         """Load an adapter while no lane computes, on the caller's thread. Raises as EngineRunner.load_adapter."""
@@ -318,6 +331,16 @@ class LaneRunner:
         """All lanes as one. Any thread."""
         return combined([lane.stats() for lane in self._lanes])
 
+    @property
+    def num_held_back(self) -> int:
+        """As in stats(), which takes longer. Any thread."""
+        return sum(lane.num_held_back for lane in self._lanes)
+
+    @property
+    def num_parked(self) -> int:
+        """As in stats(). Any thread."""
+        return sum(lane.num_parked for lane in self._lanes)
+
     # Slots, by the numbers that they have for everybody else
 
     def slots(self) -> list[SlotReport]:
@@ -346,6 +369,11 @@ class LaneRunner:
             if other is not lane and name[0] is not None:
                 other.forget_states(name[0])
         return number
+
+    def forget_states(self, scope: str) -> None:
+        """As EngineRunner.forget_states, in every lane."""
+        for lane in self._lanes:
+            lane.forget_states(scope)
 
     def _lane_of(self, name: SlotName) -> tuple[_Lane, SlotName]:
         """Raises EngineError "invalid_request" for a number that no lane has."""
@@ -409,34 +437,41 @@ def run_in_lanes(
     state_bytes: int = 0,
     states: Iterable[StoredState] = (),
     keep_states: KeepStates | None = None,
+    embeds: bool = False,
 ) -> Runner:
     """What runs this backend: one engine, or as many lanes on its model. Owns the backend from then on.
 
-    load_proposer: who guesses tokens, once for each lane. state_bytes, states, keep_states: see EngineRunner; lanes
+    load_proposer: who guesses tokens, once for each lane. embeds: requests for vectors are taken, too.
+    state_bytes, states, keep_states: see EngineRunner; lanes
     share them, and keep_states is called by each. Raises EngineError, "model_does_not_fit" where the lanes are too
-    many; then everything is freed.
+    many; whatever is raised, everything is freed.
     """
     backends, proposers = [backend], list[Proposer | None]()
+    embedder: EmbeddingBackend | None = None
     try:
+        embedder = backend.embedder() if embeds else None
         while len(backends) < n_lanes:
             backends.append(backend.sibling())
         proposers.extend(load_proposer(each) for each in backends)
+        common: dict[str, Any] = {
+            "sink": sink,
+            "on_crash": on_crash,
+            "draft_settings": draft_settings,
+            "state_bytes": state_bytes,
+            "states": states,
+            "keep_states": keep_states,
+            "embedder": embedder,
+        }
+        if n_lanes == 1:
+            return EngineRunner(backend, proposer=proposers[0], **common)
+        return LaneRunner(backends, proposers=proposers, **common)
     except BaseException as error:
+        if embedder is not None:
+            embedder.free()
         for each in backends:
             each.free()
         for proposer in filter(None, proposers):
             proposer.free()
-        if not isinstance(error, EngineError) or len(backends) == n_lanes:
+        if not isinstance(error, EngineError) or len(backends) == n_lanes or (embeds and embedder is None):
             raise
         raise EngineError(error.code, f"{len(backends)} of {n_lanes} lanes fit, lower n_lanes: {error}") from error
-    common: dict[str, Any] = {
-        "sink": sink,
-        "on_crash": on_crash,
-        "draft_settings": draft_settings,
-        "state_bytes": state_bytes,
-        "states": states,
-        "keep_states": keep_states,
-    }
-    if n_lanes == 1:
-        return EngineRunner(backend, proposer=proposers[0], **common)
-    return LaneRunner(backends, proposers=proposers, **common)

@@ -16,7 +16,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from inference.gguf import DEFAULT_ALIGNMENT, FIXED_HEADER, MAGIC, STRING, GGUFError, Header, read_header
+from inference.gguf.header import DEFAULT_ALIGNMENT, FIXED_HEADER, MAGIC, STRING, GGUFError, Header, read_header
 
 ELEMENT_BYTES = {0: 4, 1: 2, 30: 2}
 """F32, F16 and BF16; zero is all bits 0 in each."""

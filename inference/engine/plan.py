@@ -7,21 +7,25 @@ and writes a StepPlan; the engine executes the plan without deciding anything mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from inference.engine.costs import CostCurve
 from inference.engine.drafting import Draftable, DraftTerms
 from inference.engine.slots import SlotName
 from inference.engine.types import AdapterVector
 
+NOTHING_SHARED: Mapping[Any, int] = MappingProxyType({})
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A sequence that could be in the next step.
+
+class Candidate(NamedTuple):
+    """A sequence that could be in the next step. A tuple, as every running sequence makes one for each step, and a
+    frozen dataclass takes four times as long.
 
     num_pending: tokens it has that are not computed yet, at least 1. is_decoding: its prompt is done, and all its
     pending tokens belong to one step (the last token, and any drafts). last_step: number of the step that carried it
-    last, -1 if none did. arrived_step: number of the step before which it came.
+    last, -1 if none did. arrived_step: number of the step before which it came. is_patient: nobody waits for it.
 
     Of waiting ones also, all under the same cache key, prefixes: how many of its first tokens, never all, a slot has
     computed; shared: how many it has in common with another request's prompt that is computed now or waits before it;
@@ -35,15 +39,16 @@ class Candidate:
     adapters: AdapterVector = ()
     last_step: int = -1
     arrived_step: int = 0
-    prefixes: Mapping[int, int] = field(default_factory=dict)
-    shared: Mapping[str, int] = field(default_factory=dict)
+    prefixes: Mapping[int, int] = NOTHING_SHARED
+    shared: Mapping[str, int] = NOTHING_SHARED
     scope: str | None = None
     number: int | None = None
     stored: int = 0
+    is_patient: bool = False
 
     def after_reuse(self, num_cached: int) -> Candidate:
         """The same once it sits in a slot that has its first num_cached tokens."""
-        return replace(self, num_pending=self.num_pending - num_cached) if num_cached else self
+        return self._replace(num_pending=self.num_pending - num_cached) if num_cached else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ class ScheduleView:
 
     step: number of the step to plan. held: tokens that free slots hold; used: the step after which they became free.
     busy: the vector of each slot that is taken. names: of slots that are taken or hold something, whose they are and
-    what they are called. draftable: decoding sequences that could have guesses, on draft_terms.
+    what they are called. parked: sequences that had to leave their slots, the first parked first; num_overdue of them
+    go before the waiting. draftable: decoding sequences that could have guesses, on draft_terms.
     """
 
     running: tuple[Candidate, ...] = ()
@@ -85,6 +91,8 @@ class ScheduleView:
     cost: CostCurve = field(default_factory=CostCurve)
     step: int = 0
     turn: Turn = field(default_factory=Turn)
+    parked: tuple[Candidate, ...] = ()
+    num_overdue: int = 0
     draftable: Mapping[str, Draftable] = field(default_factory=dict)
     draft_terms: DraftTerms = field(default_factory=DraftTerms)
 
@@ -93,7 +101,8 @@ class ScheduleView:
 class Seat:
     """A slot for a waiting request, where its first num_cached tokens are computed; or are, in the slot copy_from.
 
-    is_restored: these tokens come from the store. number: what the request's scope calls the slot from now on.
+    is_restored: these tokens come from the store. is_resumed: the request is a parked one, which goes on. number: what
+    the request's scope calls the slot from now on.
     """
 
     request_id: str
@@ -101,6 +110,7 @@ class Seat:
     num_cached: int = 0
     copy_from: int | None = None
     is_restored: bool = False
+    is_resumed: bool = False
     number: int = field(default=0, compare=False)
 
 

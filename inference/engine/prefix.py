@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inference.engine.types import AdapterVector
+from inference.engine.types import AdapterVector, SlotTask
 
 CacheKey = tuple[str, AdapterVector]
 """Scope and adapter vector: what was computed under one key is never reused under another."""
@@ -16,11 +16,12 @@ CacheKey = tuple[str, AdapterVector]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """What a free slot still holds. used: number of the step after which it became free."""
+    """What a free slot still holds. used: number of the step after which it became free. task: what that was."""
 
     key: CacheKey
     tokens: Sequence[int]
     used: int
+    task: SlotTask | None = None
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from inference.engine.backend import Backend
+from inference.engine.backend import Backend, EmbeddingBackend
 from inference.engine.drafting import DraftSettings
 from inference.engine.engine import Engine, draw_seed
 from inference.engine.slot_keeper import SlotState
@@ -22,7 +22,16 @@ from inference.engine.slots import SlotName
 from inference.engine.speculative import Proposer
 from inference.engine.state_store import StoredState
 from inference.engine.stats import EngineStats
-from inference.engine.types import EngineError, EventSink, Finished, GenerationRequest, SlotReport, TokenEvent
+from inference.engine.types import (
+    EngineError,
+    EventSink,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Receipt,
+    SlotReport,
+    TokenEvent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +72,8 @@ class EngineRunner:
 
     sink is called on that thread, once per step with all events of the step. on_crash is called there after an
     exception of the backend or the sink: by then every live sequence has got its Finished(ERROR), and no request is
-    taken any more. max_waiting bounds the requests that have no slot yet. proposer, draft_settings: see Engine.
+    taken any more. max_waiting bounds the requests that have no slot yet. proposer, draft_settings, embedder: see
+    Engine.
     state_bytes: room for states of slots that others took; states: of an earlier life, to begin with; keep_states: is
     given them all at an orderly end.
     """
@@ -82,6 +92,7 @@ class EngineRunner:
         state_bytes: int = 0,
         states: Iterable[StoredState] = (),
         keep_states: Callable[[Iterator[StoredState]], None] | None = None,
+        embedder: EmbeddingBackend | None = None,
     ) -> None:
         self._engine = Engine(
             backend,
@@ -90,6 +101,7 @@ class EngineRunner:
             proposer=proposer,
             draft_settings=draft_settings,
             state_bytes=state_bytes,
+            embedder=embedder,
         )
         self._engine.put_back(states)
         self._keep_states = keep_states
@@ -103,6 +115,7 @@ class EngineRunner:
         self._live: set[str] = set()
         self._inbox: list[tuple[GenerationRequest, float]] = []
         self._cancels: list[str] = []
+        self._parks: list[str] = []
         self._errands: list[_Errand[Any]] = []
         self._is_taking = True
         self._end_with: str | None = None
@@ -136,6 +149,14 @@ class EngineRunner:
                 self._cancels.append(request_id)
                 self._changed.notify_all()
 
+    def park(self, request_id: str) -> None:
+        """Let a request make room before the next step for one that was submitted already (see Engine.park). Any
+        thread; unknown ids are ignored."""
+        with self._changed:
+            if request_id in self._live:
+                self._parks.append(request_id)
+                self._changed.notify_all()
+
     def load_adapter(self, digest: str, path: str | Path) -> None:
         """Load an adapter between two steps, and wait for it. Any thread but the engine's.
 
@@ -161,6 +182,7 @@ class EngineRunner:
 
         Raises EngineError "slot_busy", "invalid_request", "not_supported" or "engine_stopped".
         """
+        self._engine.check_saves()
         return self._do_with_slot(name, lambda: self._engine.save_slot(name), self._is_idle(name), seconds)
 
     def restore_slot(self, name: SlotName, saved: SlotState, seconds: float) -> None:
@@ -169,10 +191,11 @@ class EngineRunner:
         def can_restore() -> bool:
             return self._engine.can_restore_slot(name)
 
+        self._engine.check_saves()
         self._do_with_slot(name, lambda: self._engine.restore_slot(name, saved), can_restore, seconds)
 
     def erase_slot(self, name: SlotName, seconds: float) -> int:
-        """Forget what a scope's slot holds; how many tokens that were. Raises as save_slot."""
+        """Forget what a scope's slot holds; how many tokens that were. Raises as save_slot, but "not_supported"."""
         return self._do_with_slot(name, lambda: self._engine.erase_slot(name), self._is_idle(name), seconds)
 
     def forget_states(self, scope: str) -> None:
@@ -207,6 +230,16 @@ class EngineRunner:
     def stats(self) -> EngineStats:
         """A snapshot. Any thread."""
         return self._engine.stats()
+
+    @property
+    def num_held_back(self) -> int:
+        """As in stats(), which takes longer. Any thread."""
+        return self._engine.num_held_back
+
+    @property
+    def num_parked(self) -> int:
+        """As in stats(). Any thread."""
+        return self._engine.num_parked
 
     def drain(self, seconds: float) -> bool:
         """Take no more requests and wait until none is live, seconds at most. Returns whether none is."""
@@ -243,9 +276,13 @@ class EngineRunner:
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do. False: stop."""
         with self._changed:
-            while not (self._inbox or self._cancels or self._errands or self._engine.has_work or self._end_with):
+            while not (self._has_orders or self._engine.has_work or self._end_with):
                 self._changed.wait()
             return not self._end_with
+
+    @property
+    def _has_orders(self) -> bool:
+        return bool(self._inbox or self._cancels or self._parks or self._errands)
 
     def _advance(self) -> None:
         """What has come in goes to the engine, then it makes a step."""
@@ -257,15 +294,20 @@ class EngineRunner:
         with self._changed:
             inbox, self._inbox = self._inbox, []
             cancels, self._cancels = self._cancels, []
+            parks, self._parks = self._parks, []
         for request, submitted_at in inbox:
             self._engine.add(request, submitted_at)
         for request_id in cancels:
             self._engine.cancel(request_id)
+        for request_id in parks:
+            self._engine.park(request_id)
         self._run_errands()
 
     def _run_errands(self) -> None:
         """One by one: should one break the engine, those behind it are still there to be answered. Those that cannot be
         done yet are tried again after the next step."""
+        if not self._errands:  # one that comes at this moment is run before the next step
+            return
         with self._changed:
             number = len(self._errands)
         for _ in range(number):
@@ -276,8 +318,11 @@ class EngineRunner:
                     self._errands.append(errand)
 
     def _deliver(self) -> None:
+        self._hand_over(self._engine.take_events())
+
+    def _hand_over(self, events: Sequence[TokenEvent]) -> None:
         """Hand the events of a step to the sink, then forget the finished: their ids may come again."""
-        if events := self._engine.take_events():
+        if events:
             try:
                 self._sink(events)
             finally:
@@ -305,11 +350,17 @@ class EngineRunner:
         if error == STOPPING and self._keep_states is not None:
             self._give_states(self._keep_states)
         self._engine.end_all(error)
-        for action in (self._deliver, self._engine.free):
+        for action in (self._deliver, lambda: self._end_lost(error), self._engine.free):
             try:
                 action()
             except Exception:
                 logger.exception("the engine could not be closed cleanly")
+
+    def _end_lost(self, error: str) -> None:
+        """What the engine lost half way when it crashed, such as a sequence that was getting its slot, ends, too."""
+        with self._changed:
+            lost = sorted(self._live)
+        self._hand_over([Finished(each, FinishReason.ERROR, Receipt(prompt_tokens=0), error=error) for each in lost])
 
     def _give_states(self, keep: Callable[[Iterator[StoredState]], None]) -> None:
         try:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from inference.engine.types import DEFAULT_SAMPLERS, EngineError, SamplingParams
+from inference.engine.types import KNOWN_SAMPLERS, EngineError, SamplingParams, ThoughtBound
 
 NUM_SEEDS = 2**32 - 1
 """Native seeds are 32 bits wide, and the highest value asks llama.cpp for a random one."""
 
 MIROSTAT_CANDIDATES = 100
+INFILL_CANDIDATES = 128
+"""infill compares every candidate with every other: of all 49,152 of a vocabulary, more than half a minute a token."""
 MAX_SHOWN = 64
+MAX_TAG = 64
 _INT32 = 2**31 - 1
 _FLOAT = 1e9
 _RANGES: dict[str, tuple[float, float]] = {
@@ -68,13 +71,22 @@ def check(params: SamplingParams, n_vocab: int) -> None:
         raise _invalid(f"num_probs is {params.num_probs}, the vocabulary has {n_vocab} tokens")
     if len(params.shown_tokens) > MAX_SHOWN or not all(0 <= token < n_vocab for token in params.shown_tokens):
         raise _invalid(f"shown_tokens are at most {MAX_SHOWN}, of 0 to {n_vocab - 1}")
+    if params.thoughts is not None:
+        _check_thoughts(params.thoughts, n_vocab)
     _check_samplers(params.samplers)
     _check_bias(params.logit_bias, n_vocab)
 
 
+def _check_thoughts(bound: ThoughtBound, n_vocab: int) -> None:
+    if bound.num_tokens < 0 or not all(0 < len(tag) <= MAX_TAG for tag in (bound.start, bound.end)):
+        raise _invalid(f"thoughts have 0 tokens or more, and tags of 1 to {MAX_TAG} characters")
+    if not 0 < len(bound.end_tokens) <= MAX_TAG or not all(0 <= token < n_vocab for token in bound.end_tokens):
+        raise _invalid(f"the tag behind thoughts has 1 to {MAX_TAG} tokens, of 0 to {n_vocab - 1}")
+
+
 def _check_samplers(samplers: Iterable[str]) -> None:
-    if unknown := sorted(set(samplers) - set(DEFAULT_SAMPLERS)):
-        raise _invalid(f"unknown samplers {', '.join(unknown)}; known are {', '.join(DEFAULT_SAMPLERS)}")
+    if unknown := sorted(set(samplers) - set(KNOWN_SAMPLERS)):
+        raise _invalid(f"unknown samplers {', '.join(unknown)}; known are {', '.join(KNOWN_SAMPLERS)}")
 
 
 def _check_bias(logit_bias: Iterable[tuple[int, float]], n_vocab: int) -> None:
@@ -147,7 +159,13 @@ def _mirostat(params: SamplingParams, seed: int) -> SamplerStep:
 def _active(params: SamplingParams, names: Iterable[str], seed: int, n_ctx: int) -> list[SamplerStep]:
     """The named samplers that do something, in the order of their names."""
     known = {step.name: step for step in _candidates(params, seed, n_ctx)}
-    return [known[name] for name in names if name in known]
+    steps: list[SamplerStep] = []
+    for name in names:
+        if name == "infill" and known[name] not in steps:
+            steps += [SamplerStep("top_k", (INFILL_CANDIDATES,)), known[name]]
+        elif name != "infill" and name in known:
+            steps.append(known[name])
+    return steps
 
 
 def _candidates(params: SamplingParams, seed: int, n_ctx: int) -> Iterable[SamplerStep]:
@@ -166,6 +184,7 @@ def _candidates(params: SamplingParams, seed: int, n_ctx: int) -> Iterable[Sampl
     if params.xtc_probability > 0 and params.xtc_threshold <= 0.5:
         yield SamplerStep("xtc", (params.xtc_probability, params.xtc_threshold, keep, seed))
     yield SamplerStep("temperature", (params.temperature, params.dynatemp_range, params.dynatemp_exponent))
+    yield SamplerStep("infill")
 
 
 def _memories(params: SamplingParams, n_ctx: int) -> Iterable[SamplerStep]:

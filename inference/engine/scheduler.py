@@ -12,6 +12,10 @@ from inference.engine.plan import Candidate, ScheduleView, StepPlan
 from inference.engine.seating import seat
 from inference.engine.turns import next_vector
 
+MAX_PATIENCE_STEPS = 8
+"""So many steps a sequence that nobody waits for is left out, at most."""
+PROMPTS_FIRST = 2
+"""A step may take so many times as long while several sequences, and more than decode, wait for a first token."""
 MIN_PREFILL_TOKENS = 8
 """Prompt tokens a step may always carry, however long its decoding sequences take: a prompt never starves."""
 
@@ -19,12 +23,13 @@ MIN_PREFILL_TOKENS = 8
 def schedule(view: ScheduleView) -> StepPlan:
     """Seat the waiting; then every decoding sequence, with a draft where it pays; then prompt chunks in the time left.
 
-    Prompt tokens are limited so that the step is expected to take view.step_seconds at most. Half of them go to the
-    oldest unfinished prompt, so that none starves; the rest to the shortest first, so that a short prompt does not wait
-    behind a long one. A step carries sequences of one adapter vector; which, turns.py says.
+    Prompt tokens are limited so that the step is expected to take view.step_seconds at most, or PROMPTS_FIRST times
+    that: one long step gives first tokens sooner than several short ones. Half of them go to the oldest unfinished
+    prompt, so that none starves; the rest to the shortest first, so that a short prompt does not wait behind a long
+    one. A step carries sequences of one adapter vector; which, turns.py says.
     """
     seats, seated = seat(view)
-    candidates = (*view.running, *seated)
+    candidates = _in_turn((*view.running, *seated), view.step)
     if not candidates:
         return StepPlan()
     adapters = next_vector(candidates, view.turn, view.step)
@@ -32,9 +37,19 @@ def schedule(view: ScheduleView) -> StepPlan:
     num_tokens = _decode(group, view.max_step_tokens)
     prompts = [candidate for candidate in group if not candidate.is_decoding]
     drafts = _drafts(view, num_tokens, prompts) if view.draftable else DraftLengths()
-    budget = _prefill_budget(view, sum(num_tokens.values()) + sum(drafts.num_drafted.values()))
-    num_tokens |= _prefill(prompts, budget, view.max_chunk_tokens)
+    if prompts:
+        seconds = view.step_seconds * (PROMPTS_FIRST if len(prompts) > max(1, len(num_tokens)) else 1)
+        budget = _prefill_budget(view, sum(num_tokens.values()) + sum(drafts.num_drafted.values()), seconds)
+        num_tokens |= _prefill(prompts, budget, view.max_chunk_tokens)
     return StepPlan(seats, num_tokens, adapters, drafts.num_drafted, drafts.probe_seconds)
+
+
+def _in_turn(candidates: Sequence[Candidate], step: int) -> Sequence[Candidate]:
+    """While somebody waits for a first token, whoever is patient stands back; for MAX_PATIENCE_STEPS at a stretch."""
+    if all(each.is_patient or each.is_decoding for each in candidates):
+        return candidates
+    overdue = step - MAX_PATIENCE_STEPS
+    return [each for each in candidates if not each.is_patient or max(each.last_step, each.arrived_step) < overdue]
 
 
 def _decode(group: Sequence[Candidate], most: int) -> dict[str, int]:
@@ -53,20 +68,20 @@ def _drafts(view: ScheduleView, num_decode: dict[str, int], prompts: Sequence[Ca
     wanted = {each: view.draftable[each] for each in num_decode if each in view.draftable}
     num_decoding = sum(num_decode.values())
     pending = sum(min(each.num_pending, view.max_chunk_tokens) for each in prompts)
-    num_useful = num_decoding + min(pending, _prefill_budget(view, num_decoding))
+    num_useful = num_decoding + min(pending, _prefill_budget(view, num_decoding, view.step_seconds))
     room = view.max_step_tokens - num_decoding - (MIN_PREFILL_TOKENS if prompts else 0)
     return lengths(wanted, view.draft_terms, view.cost, num_useful=num_useful, room=max(room, 0), turn=view.step)
 
 
-def _prefill_budget(view: ScheduleView, num_decode: int) -> int:
-    """Prompt tokens that fit into the step beside num_decode others, in time and in the batch."""
-    in_time = view.cost.tokens_within(view.step_seconds, view.max_step_tokens) - num_decode
+def _prefill_budget(view: ScheduleView, num_decode: int, seconds: float) -> int:
+    """Prompt tokens that fit into a step of so many seconds beside num_decode others, in time and in the batch."""
+    in_time = view.cost.tokens_within(seconds, view.max_step_tokens) - num_decode
     return min(max(in_time, MIN_PREFILL_TOKENS), view.max_step_tokens - num_decode)
 
 
 def _prefill(prompts: Sequence[Candidate], budget: int, most: int) -> dict[str, int]:
     """Share the budget over unfinished prompts, given in order of arrival; prompts that get nothing are left out."""
-    if not prompts or budget < 1:
+    if budget < 1:
         return {}
     oldest = prompts[0]
     planned = {oldest.request_id: min(oldest.num_pending, (budget + 1) // 2, most)}

@@ -25,7 +25,8 @@ CONTEXT_PER_COPY_TOKEN = 64
 
 
 def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
-    """Seats for waiting requests, first come first served, and these requests as they are once they sit.
+    """Seats for waiting requests, first come first served, and these requests as they are once they sit; then for
+    parked sequences, but first for those that were parked too long ago.
 
     One that shares a long prefix with a prompt being computed is passed over until that has got so far, and one that
     waits for a slot of its scope until that is free.
@@ -34,8 +35,9 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
     busy, names = dict(view.busy), dict(view.names)
     kept: dict[int, int] = {}  # tokens that slots taken in this plan still have of what they held
     computing = {each.request_id for each in view.running if not each.is_decoding}
+    parked = frozenset(each.request_id for each in view.parked)
     seats, seated = [], []
-    for candidate in view.waiting:
+    for candidate in (*view.parked[: view.num_overdue], *view.waiting, *view.parked[view.num_overdue :]):
         if not free:
             break
         usable = {slot: min(number, kept.get(slot, number)) for slot, number in candidate.prefixes.items()}
@@ -44,15 +46,19 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
         choices = _choices(candidate, free, names)
         if not choices:
             continue
-        spare = _victim(choices, busy, candidate.adapters, view)
-        chosen = _choose(candidate, usable, choices, spare, view)
+        spare = _victim(choices, busy, candidate.adapters, usable, view)
+        if candidate.request_id in parked:
+            chosen = Seat(candidate.request_id, spare, is_resumed=True)
+        else:
+            chosen = _choose(candidate, usable, choices, spare, view)
         number = candidate.number if candidate.number is not None else _number(candidate, chosen.slot_id, names, view)
         chosen = replace(chosen, number=number)
         names[chosen.slot_id] = candidate.scope, number
         busy[chosen.slot_id] = candidate.adapters
         free.remove(chosen.slot_id)
         kept[chosen.slot_id] = 0 if chosen.copy_from is not None or chosen.is_restored else chosen.num_cached
-        computing.add(candidate.request_id)
+        if not candidate.is_decoding:
+            computing.add(candidate.request_id)
         seats.append(chosen)
         seated.append(candidate.after_reuse(chosen.num_cached))
     return tuple(seats), tuple(seated)
@@ -110,8 +116,17 @@ def _choose(candidate: Candidate, usable: Mapping[int, int], free: Set[int], spa
     return Seat(candidate.request_id, target, usable.get(target, 0))
 
 
-def _victim(free: Set[int], busy: Mapping[int, AdapterVector], adapters: AdapterVector, view: ScheduleView) -> int:
-    """The free slot to lose: an empty one, else of the half that was used longest ago; beside others of its vector."""
-    empty = {slot for slot in free if not view.held.get(slot)}
+def _victim(
+    free: Set[int],
+    busy: Mapping[int, AdapterVector],
+    adapters: AdapterVector,
+    usable: Mapping[int, int],
+    view: ScheduleView,
+) -> int:
+    """The free slot to lose: an empty one, else of the half that was used longest ago the one that has most of the
+    prompt, be it little; beside others of its vector."""
+    if empty := {slot for slot in free if not view.held.get(slot)}:
+        return best_free(empty, busy, adapters)
     oldest = sorted(free, key=lambda slot: view.used.get(slot, -1))[: (len(free) + 1) // 2]
-    return best_free(empty or set(oldest), busy, adapters)
+    most = max(usable.get(slot, 0) for slot in oldest)
+    return best_free({slot for slot in oldest if usable.get(slot, 0) == most}, busy, adapters)

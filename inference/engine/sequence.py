@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from inference.engine.backend import SlotWork
-from inference.engine.plan import Candidate
+from inference.engine.plan import NOTHING_SHARED, Candidate
 from inference.engine.prefix import CacheKey, Held, common_prefix
 from inference.engine.stop import TextAssembler
-from inference.engine.types import GenerationRequest, Receipt, effective
+from inference.engine.types import GenerationRequest, Receipt, SlotTask, effective
 
 MIN_ROOM = 4
 """A context shift leaves room for so many tokens behind those that are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedState:
+    """What a sequence goes on with in another slot: what the backend saved and detached (backend.py)."""
+
+    state: bytes
+    detached: int
 
 
 class Sequence:
@@ -41,6 +50,10 @@ class Sequence:
         "num_computed",
         "num_drafted",
         "num_exact",
+        "num_parks",
+        "parked",
+        "parked_at",
+        "parked_seconds",
         "request",
         "seed",
         "slot_id",
@@ -74,9 +87,13 @@ class Sequence:
         self.num_drafted = 0
         self.num_accepted = 0
         self.num_exact = sys.maxsize  # tokens from the first on that another prompt may reuse: see shift()
+        self.parked: ParkedState | None = None
+        self.parked_at = 0.0
+        self.parked_seconds = 0.0
+        self.num_parks = 0
         self.is_truncated = False
         self.last_step = -1
-        self.text = TextAssembler(request.stop)
+        self.text = TextAssembler(request.stop, request.decoding.min_indent)
         self._num_steps = 0
         self._batch_sequences = 0
         self._decode_steps = 0
@@ -123,7 +140,19 @@ class Sequence:
     def held(self, used: int) -> Held | None:
         """What the slot still holds when this sequence has left it after step `used`."""
         reusable = self.tokens[: min(self.num_computed, self.num_exact)]
-        return Held(self.cache_key, reusable, used) if self.cache_key else None
+        return Held(self.cache_key, reusable, used, self.task()) if self.cache_key else None
+
+    def task(self) -> SlotTask:
+        """How far it is."""
+        num_prompt = len(self.request.prompt)
+        return SlotTask(
+            request_id=self.request_id,
+            num_prompt=num_prompt,
+            num_cached=self.cached_tokens,
+            num_processed=max(0, min(self.num_computed, num_prompt) - self.cached_tokens),
+            num_decoded=self.num_completion,
+            num_remaining=self.request.max_tokens - self.num_completion,
+        )
 
     def num_shared(self, other: Sequence) -> int:
         """Tokens that the prompts of both begin with; 0 unless they may share."""
@@ -157,11 +186,12 @@ class Sequence:
             self.adapters,
             self.last_step,
             self.arrived_step,
-            prefixes or {},
-            shared or {},
+            prefixes or NOTHING_SHARED,
+            shared or NOTHING_SHARED,
             self.request.cache_scope,
             number,
             stored,
+            self.request.is_patient,
         )
 
     def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:
@@ -200,6 +230,8 @@ class Sequence:
             accepted_tokens=self.num_accepted,
             is_truncated=self.is_truncated,
             held_tokens=self.num_computed,
+            num_parks=self.num_parks,
+            parked_seconds=self.parked_seconds,
             queue_seconds=started - self.submitted_at,
             prefill_seconds=first_token - started,
             decode_seconds=now - first_token,

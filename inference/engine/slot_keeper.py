@@ -50,7 +50,6 @@ class SlotKeeper:
         self._backend, self._slots, self._store, self._clock = backend, slots, store, clock
         self._seconds_per_token = 0.0  # of a save and a restore together
         self._bytes_per_token = 0.0
-        self.num_restored = 0
 
     @property
     def _can_store(self) -> bool:
@@ -104,7 +103,6 @@ class SlotKeeper:
             self._store.forget(entry)
             return 0
         self._store.touch(entry)
-        self.num_restored += 1
         return number
 
     def _is_worth(self, num_saved: int, num_moved: int) -> bool:
@@ -130,6 +128,34 @@ class SlotKeeper:
         if num_tokens:
             self._seconds_per_token += WEIGHT * (seconds / num_tokens - self._seconds_per_token)
             self._bytes_per_token = num_bytes / num_tokens
+
+    # For running sequences that make room
+
+    def can_park(self, num_tokens: int) -> bool:
+        """Whether there is room for the state of so many tokens, and nobody waits long for it."""
+        if not self._can_store or self._seconds_per_token / 2 * num_tokens > MAX_PAUSE_SECONDS:
+            return False
+        return self._bytes_per_token * num_tokens <= self._store.max_bytes
+
+    def park(self, slot_id: int, num_tokens: int) -> bytes | None:
+        """The state of a running sequence, which is kept room for until unpark(); None where it is too large."""
+        started = self._clock()
+        self._backend.trim(slot_id, num_tokens)
+        state = self._backend.save(slot_id)
+        self._measure(2 * (self._clock() - started), num_tokens, len(state))
+        if len(state) > self._store.max_bytes:
+            return None
+        self._store.reserve(len(state))
+        return state
+
+    def unpark(self, slot_id: int, state: bytes, num_tokens: int) -> None:
+        """Let a slot hold a parked state again. Raises EngineError "state_invalid"; then the slot is empty."""
+        self.drop_parked(state)
+        self._put_into(slot_id, state, num_tokens)
+
+    def drop_parked(self, state: bytes) -> None:
+        """Keep no more room for it."""
+        self._store.reserve(-len(state))
 
     # Between two lives of the backend
 

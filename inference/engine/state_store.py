@@ -38,6 +38,11 @@ class StateStore:
         """Latest use first."""
         return reversed(list(self._entries.values()))
 
+    def reserve(self, num_bytes: int) -> None:
+        """So many bytes of the room are for others from now on; a negative number gives them back."""
+        self.max_bytes -= num_bytes
+        self._make_room(0, self.max_bytes)
+
     def put(self, entry: StoredState) -> bool:
         """Keep it, and drop what it makes superfluous: states that it begins with, and those that must make room.
 

@@ -5,7 +5,7 @@ Written by the engine's thread alone; other threads read a snapshot, whose field
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any
@@ -17,19 +17,22 @@ from inference.engine.costs import CostCurve
 class EngineStats:
     """A snapshot. Totals only rise; last_step_at is monotonic seconds, None before the first step.
 
-    num_held_back: of the waiting, those that a busy slot alone can serve. num_batched_sequences sums the sequences of
-    every executed plan, num_decode_sequences those that were generating, over the num_decode_steps plans that had
-    any. prompt_tokens_total: those computed, without the cached ones. num_switches: steps with another adapter vector
-    than the one before; num_adapters: those loaded now. num_drafts were verified, of drafted_tokens_total tokens, of
-    which accepted_tokens_total were right; accepted_per_position: of each position in a draft. draft_length: guesses a
-    generating sequence that the latest step verified. A step's seconds are shared out by its prompt and generated
-    tokens.
+    num_held_back: of the waiting, those that a busy slot alone can serve. num_parked: sequences that made room for
+    others, num_parks: how often one did. num_batched_sequences sums the sequences of every executed plan,
+    num_decode_sequences those that were generating, over the num_decode_steps plans that had any.
+    prompt_tokens_total: those computed, without the cached ones. num_switches: steps with another adapter vector than
+    the one before; num_adapters: those loaded now. num_drafts were verified, of drafted_tokens_total tokens, of which
+    accepted_tokens_total were right; accepted_per_position: of each position in a draft. draft_length: guesses a
+    generating sequence that the latest step verified. draft_chances: by the digests of adapters, how likely the first
+    guess of a draft is held to be right. A step's seconds are shared out by its prompt and generated tokens.
     """
 
     num_slots: int
     busy_slots: int
     num_waiting: int
     num_held_back: int
+    num_parked: int
+    num_parks: int
     num_steps: int
     num_batched_sequences: int
     num_decode_steps: int
@@ -48,6 +51,7 @@ class EngineStats:
     accepted_tokens_total: int
     accepted_per_position: tuple[int, ...]
     draft_length: float
+    draft_chances: Mapping[tuple[str, ...], float]
 
 
 def combined(parts: Sequence[EngineStats]) -> EngineStats:
@@ -57,6 +61,7 @@ def combined(parts: Sequence[EngineStats]) -> EngineStats:
     positions = zip_longest(*(part.accepted_per_position for part in parts), fillvalue=0)
     shared["accepted_per_position"] = tuple(map(sum, positions))
     shared["draft_length"] = max(part.draft_length for part in parts)
+    shared["draft_chances"] = {digests: chance for part in parts for digests, chance in part.draft_chances.items()}
     totals = [each.name for each in fields(EngineStats) if each.name not in shared]
     return replace(parts[0], **shared, **{name: sum(getattr(part, name) for part in parts) for name in totals})
 
@@ -81,6 +86,7 @@ class Counters:
     accepted_tokens_total: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
     draft_length: float = 0.0
+    num_parks: int = 0
 
     def count_draft(self, num_drafted: int, num_accepted: int) -> None:
         """Book a verified draft."""

@@ -16,19 +16,33 @@ class TextAssembler:
     string. How the bytes are split between calls makes no difference to the text or to the stop word: of all stop
     strings the one that is complete first wins, and the longest of those that are complete at the same character.
     Bytes that are not UTF-8 become U+FFFD.
+
+    min_indent: the text also ends, before it, at what stands in a line behind the first after fewer blanks or tabs
+    than that; an empty line does, too. llama.cpp's n_indent, but that every line is looked at.
     """
 
-    def __init__(self, stops: tuple[str, ...] = ()) -> None:
+    def __init__(self, stops: tuple[str, ...] = (), min_indent: int = 0) -> None:
         self._stops = tuple(stop for stop in stops if stop)
+        self._min_indent = min_indent
+        self._missing_indent = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.stop_word: str | None = None
+        self.is_outdented = False
 
     def feed(self, piece: bytes) -> str:
         """Add a token's bytes and return the text that has become final, "" if none. Ignored after a stop."""
-        if self.stop_word is not None:
+        if self.stop_word is not None or self.is_outdented:
             return ""
-        text = self._held + self._decoder.decode(piece)
+        return self._indented(self._until_stop(self._held + self._decoder.decode(piece)))
+
+    def finish(self) -> str:
+        """End: return the held text, which is no stop string after all. An incomplete character is lost."""
+        text, self._held = self._held, ""
+        self._decoder.reset()
+        return "" if self.is_outdented else self._indented(text)
+
+    def _until_stop(self, text: str) -> str:
         if not self._stops:
             return text
         if match := self._first_match(text):
@@ -37,10 +51,18 @@ class TextAssembler:
             return text[:start]
         return self._hold(text)
 
-    def finish(self) -> str:
-        """End: return the held text, which is no stop string after all. An incomplete character is lost."""
-        text, self._held = self._held, ""
-        self._decoder.reset()
+    def _indented(self, text: str) -> str:
+        """The text up to the first line that is not indented enough."""
+        if not self._min_indent:
+            return text
+        for place, character in enumerate(text):
+            if self._missing_indent and character in " \t":
+                self._missing_indent -= 1
+            elif self._missing_indent:
+                self.is_outdented, self.stop_word = True, None
+                return text[:place]
+            elif character == "\n":
+                self._missing_indent = self._min_indent
         return text
 
     def _first_match(self, text: str) -> tuple[int, str] | None:

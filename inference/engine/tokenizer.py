@@ -159,13 +159,32 @@ class Tokenizer:
             count = native.llama_tokenize(self._vocab, data, len(data), buffer, -count, add_special, parse_special)
         return list(buffer[:count])
 
+    def pieces(self, tokens: Sequence[int]) -> list[str | list[int]]:
+        """Each token's text, control tokens written out; its bytes where they are no text of their own.
+
+        Raises EngineError "invalid_token" for an id outside the vocabulary.
+        """
+        self._check_tokens(tokens)
+        return [_text_or_bytes(self._bytes_of(token)) for token in tokens]
+
+    def _bytes_of(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(64)
+        length = native.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = native.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[:length]
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if any(not 0 <= token < self.n_vocab for token in tokens):
+            raise EngineError("invalid_token", f"token ids must be between 0 and {self.n_vocab - 1}")
+
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens; special: with control tokens written out. Bytes that are not UTF-8 become U+FFFD.
 
         Raises EngineError "invalid_token" for an id outside the vocabulary.
         """
-        if any(not 0 <= token < self.n_vocab for token in tokens):
-            raise EngineError("invalid_token", f"token ids must be between 0 and {self.n_vocab - 1}")
+        self._check_tokens(tokens)
         array = (native.llama_token * len(tokens))(*tokens)
         size = 16 * len(tokens) + 16
         buffer = ctypes.create_string_buffer(size)
@@ -224,6 +243,13 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
+def _text_or_bytes(data: bytes) -> str | list[int]:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
 def _token_or_none(token: int) -> int | None:
     return None if token < 0 else token
 
@@ -233,6 +259,8 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
 
     encode: text, add_special (true), parse_special (false) -> tokens
     encode_segments: segments, pairs of a text and whether it is one special token -> tokens
+    encode_each: texts -> token_lists, without special tokens
+    pieces: tokens -> pieces, as Tokenizer.pieces
     detokenize: tokens, special (false) -> text
     grammar: grammar -> num_tokens, of the text it was tried on
     info: -> the keys of Tokenizer.info
@@ -246,6 +274,10 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
         case "encode_segments":
             segments = [(str(text), bool(is_special)) for text, is_special in request["segments"]]
             return {"tokens": tokenizer.encode_segments(segments)}
+        case "encode_each":
+            return {"token_lists": [tokenizer.encode(str(text), add_special=False) for text in request["texts"]]}
+        case "pieces":
+            return {"pieces": tokenizer.pieces(request["tokens"])}
         case "detokenize":
             return {"text": tokenizer.detokenize(request["tokens"], special=request.get("special", False))}
         case "grammar":

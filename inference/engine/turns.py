@@ -41,6 +41,8 @@ def next_vector(candidates: Sequence[Candidate], turn: Turn, step: int) -> Adapt
     prompt waits for its first token, else the one that was left out the longest. With k busy vectors none is left out
     for more than about OVERDUE_ROUNDS + 1 rounds of k turns.
     """
+    if all(candidate.adapters == turn.adapters for candidate in candidates):
+        return turn.adapters  # as in nearly every step, and groups take several times as long
     groups = _groups(candidates)
     others = [group for group in groups if group.adapters != turn.adapters]
     own = next((group for group in groups if group.adapters == turn.adapters), None)

@@ -21,6 +21,23 @@ def effective(adapters: AdapterVector) -> AdapterVector:
 
 DEFAULT_SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 """The order in which llama.cpp's server chains its samplers by default."""
+KNOWN_SAMPLERS = (*DEFAULT_SAMPLERS, "infill")
+"""infill: for fill-in-the-middle, ends the answer where all its continuations together are less likely than its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThoughtBound:
+    """So many tokens of thoughts at most; then `end_tokens` come, and the answer goes on.
+
+    start, end: the tags around them, as text. end_tokens: the tag behind them. is_open: the prompt ends within
+    thoughts; else the answer may begin with the tag before them.
+    """
+
+    num_tokens: int
+    start: str
+    end: str
+    end_tokens: tuple[int, ...]
+    is_open: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +80,8 @@ class SamplingParams:
     """Most probable tokens to report beside each one that is chosen; 0 reports nothing."""
     post_sampling_probs: bool = False
     """Report probabilities as the samplers left them, not as the model gave them."""
+    thoughts: ThoughtBound | None = None
+    """None leaves it to the model when its thoughts end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +105,7 @@ class Decoding:
     num_keep. num_keep: -1 is the whole prompt. num_discard: 0 is half of what is not kept. slot_id: the slot to wait
     for, None is any; every cache_scope has its own numbers, 0 to n_slots - 1. speculation: None leaves it to the
     model's settings. max_decode_seconds: end with the first line break that comes after so much time of generating.
+    min_indent: end where a line behind the first has something else than a blank or tab before so many of these.
     """
 
     context_shift: bool = False
@@ -94,16 +114,49 @@ class Decoding:
     slot_id: int | None = None
     speculation: Speculation | None = None
     max_decode_seconds: float | None = None
+    min_indent: int = 0
+
+
+class Pooling(StrEnum):
+    """How the vectors of an input's tokens become one; llama.cpp's words."""
+
+    NONE = "none"
+    """They stay as they are, one for each token."""
+    MEAN = "mean"
+    CLS = "cls"
+    """The first token's."""
+    LAST = "last"
+
+
+EUCLIDEAN = 2
+MAX_NORM = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """Vectors of texts, wanted in the place of an answer.
+
+    lengths: of the inputs in tokens, 1..n_ctx each, which the prompt has one behind the other. normalize, as llama.cpp
+    counts: -1 leaves pooled vectors as they are, 0 scales the largest number to 32760, p from 1 on makes their p-norm
+    1; vectors of single tokens are never scaled. dimensions: only so many first numbers of each are wanted.
+    """
+
+    lengths: tuple[int, ...]
+    pooling: Pooling
+    normalize: int = EUCLIDEAN
+    dimensions: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One sequence to generate.
+    """One sequence to generate, or inputs to embed.
 
     prompt: 1..n_ctx-1 token ids. max_tokens: 0 computes the prompt alone; generation also ends at the slot's context
-    limit, unless decoding.context_shift.
+    limit, unless decoding.context_shift. embedding: no text is wanted but vectors; of the other fields only adapters
+    and deadline matter then.
     stop: strings that end generation and are not part of the text. deadline: monotonic seconds. cache_scope: whose
     computed tokens may be reused, and may reuse these; None shares with nobody. cache_prompt: whether it reuses any.
+    is_patient: nobody waits for it; it stands back while others have no first token.
     """
 
     request_id: str
@@ -116,6 +169,8 @@ class GenerationRequest:
     adapters: AdapterVector = ()
     cache_scope: str | None = None
     cache_prompt: bool = True
+    embedding: Embedding | None = None
+    is_patient: bool = False
 
 
 class FinishReason(StrEnum):
@@ -123,7 +178,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """A stop string was generated."""
     LENGTH = "length"
-    """max_tokens, or the slot's context, is used up."""
+    """max_tokens, or the slot's context, is used up; or all is computed where no text is wanted."""
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"
@@ -138,7 +193,8 @@ class Receipt:
     sequences each carried; batch_sequences / num_steps is the mean batch size. decode_steps and
     decode_batch_sequences are the same over the plans in which this sequence was generating. drafted_tokens were
     verified, accepted_tokens of them were right. is_truncated: the context was full, and was shifted or ended the
-    answer. held_tokens: what the slot held at the end. slot_id: the number of the slot in its cache_scope.
+    answer. held_tokens: what the slot held at the end. slot_id: the number of the slot in its cache_scope. num_parks:
+    how often it made room for another, parked_seconds: for how long in all; decode_seconds has these in it.
     """
 
     prompt_tokens: int
@@ -155,6 +211,8 @@ class Receipt:
     decode_batch_sequences: int = 0
     is_truncated: bool = False
     held_tokens: int = 0
+    num_parks: int = 0
+    parked_seconds: float = 0.0
     slot_id: int | None = None
     seed: int | None = None
 
@@ -194,6 +252,17 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """The vectors of one input, by its place in Embedding.lengths. data: 32-bit floats, little-endian, num_vectors of
+    the same length one behind the other; one where they are pooled, else one a token."""
+
+    request_id: str
+    index: int
+    num_vectors: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a sequence, always sent exactly once. error is set where reason is ERROR."""
 
@@ -204,27 +273,52 @@ class Finished:
     error: str | None = None
 
 
-TokenEvent = Started | Delta | Finished
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The sequence has made room for another; it goes on when a slot is free."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The sequence goes on where it was parked."""
+
+    request_id: str
+    seconds: float
+
+
+TokenEvent = Started | Delta | Embedded | Parked | Resumed | Finished
 
 EventSink = Callable[[Sequence[TokenEvent]], None]
 """Called on the engine's thread once per step with that step's events in order. It must not block or raise."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotTask:
+    """What a slot computes, or computed last, in tokens: num_processed of the prompt's num_prompt beside the
+    num_cached; num_decoded were generated, num_remaining may be, or might have been."""
+
+    request_id: str
+    num_prompt: int
+    num_cached: int
+    num_processed: int
+    num_decoded: int
+    num_remaining: int
+
+
 @dataclass(frozen=True, slots=True)
 class SlotReport:
-    """A slot that is busy or holds something. number: what its scope calls it. Numbers of tokens: num_processed of the
-    prompt's num_prompt were computed beside the num_cached; num_decoded were generated, num_remaining may be."""
+    """A slot that is busy or holds something. number: what its scope calls it. request_id: what runs in it now. task:
+    the same, or what ran in it last, if what it holds comes from that. adapters: what its tokens were computed with."""
 
     slot_id: int
     scope: str | None
     number: int
     request_id: str | None = None
     num_held: int = 0
-    num_prompt: int = 0
-    num_cached: int = 0
-    num_processed: int = 0
-    num_decoded: int = 0
-    num_remaining: int = 0
+    task: SlotTask | None = None
+    adapters: AdapterVector = ()
 
 
 class EngineError(Exception):

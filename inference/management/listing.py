@@ -9,16 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from inference import registry
-from inference.inspection import Progress as Hashed
+from inference.catalog.model_memory import memory_of
 from inference.models import ServedModel
+from inference.vetting.inspection import Progress as Hashed
 
 
 def as_row(row: ServedModel) -> dict[str, Any]:
     """JSON about one model, for operators; path, digest, sizes and file type are those of what is served."""
     variant = row.active_variant
     file = variant or row
-    estimate = registry.memory_of(row)
+    estimate = memory_of(row, variant)
     return {
         "name": row.name,
         "aliases": row.aliases,
@@ -42,6 +42,7 @@ def as_row(row: ServedModel) -> dict[str, Any]:
         "draft_model": row.draft_model.name if row.draft_model else None,
         "load_mode": row.load_mode,
         "keep_alive_seconds": row.keep_alive_seconds,
+        "is_pinned": row.is_pinned,
         "visibility": row.visibility,
         "pool": row.pool,
         "memory_bytes": estimate.total_bytes,

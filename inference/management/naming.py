@@ -1,10 +1,12 @@
-"""Words that the adapter commands share on the command line: a model's name, and `model:adapter`."""
+"""Words that commands share on the command line: a model's name, and `model:adapter`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accounts.management.base import HouseCommand
+from inference.catalog import registry
+from inference.catalog.served import Served
 from inference.models import Adapter, ServedModel
 
 
@@ -13,6 +15,14 @@ def model_named(command: HouseCommand, name: str) -> ServedModel:
     if row is None:
         command.fail("model_not_found", f"There is no model {name!r}: `manage.py models` lists them.")
     return row
+
+
+def served_named(command: HouseCommand, name: str) -> Served:
+    """By name or alias, as workers know it."""
+    found = next((each for each in registry.every() if name in (each.name, *each.aliases)), None)
+    if found is None:
+        command.fail("model_not_found", f"There is no model {name!r}: `manage.py models` lists them.")
+    return found
 
 
 def adapter_named(command: HouseCommand, text: str) -> Adapter:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+INTERRUPTED = 130
+"""Exit status, as shells have it for Ctrl-C."""
 
 Watch = Callable[[str, float, int, int], None]
 """Called with what is done now, its part from 0.0 to 1.0, steps done, and steps in all."""
@@ -51,3 +56,17 @@ class _Lines:
             self._told = what
             elapsed = time.monotonic() - self._begun
             self._console.print(f"step {done + 1} of {total}: {what}, {elapsed:.0f} s so far", markup=False)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A request to end is Ctrl-C: the file that is being written goes away too."""
+
+    def stop(_signal: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

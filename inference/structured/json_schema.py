@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from inference.structured import string_forms
 from inference.structured.gbnf import GENERATED_LIMITS, GrammarError, validate
@@ -31,10 +31,7 @@ from inference.structured.schema_forms import (
     property_schema,
 )
 
-__all__ = [
-    "Bounds", "Compiled", "Options", "SchemaError", "compile_fitting", "compile_schema", "compile_within",
-    "json_object_grammar", "max_length", "narrowed", "to_grammar",
-]  # fmt: skip
+__all__ = ["Bounds", "Compiled", "SchemaError", "finish", "narrower", "schema_piece"]
 
 MAX_SCHEMA_BYTES = 16_384
 MAX_SCHEMA_DEPTH = 32
@@ -44,41 +41,32 @@ MAX_BOUND = Decimal(10) ** 20
 """Bounds of numbers beyond it are none for us: numbers without a bound have max_digits digits anyway."""
 
 
-class Options(TypedDict, total=False):
-    """Bounds for what a schema leaves open; a schema's own maxLength and maxItems count before them."""
-
-    max_string: int
-    """Characters of a string."""
-    max_items: int
-    """Items of an array."""
-    max_entries: int
-    """Properties of an object that declares none."""
-    max_key: int
-    """Characters of such a property's name."""
-    max_digits: int
-    """Digits before the decimal point."""
-    max_decimals: int
-    """Digits after it."""
-    max_recursion: int
-    """How often a reference may lead back to where it stands."""
-    max_depth: int
-    """Nesting of a value of which nothing is said."""
-
-
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The options with their defaults; see Options. Raises ValueError when one is out of range."""
+    """Bounds for what a schema leaves open; a schema's own maxLength and maxItems count before them.
+
+    Raises ValueError when one is out of range.
+    """
 
     max_string: int = 256
+    """Characters of a string."""
     max_items: int = 16
+    """Items of an array."""
     max_entries: int = 8
+    """Properties of an object that declares none."""
     max_key: int = 32
+    """Characters of such a property's name."""
     max_digits: int = 15
+    """Digits before the decimal point."""
     max_decimals: int = 6
+    """Digits after it."""
     max_recursion: int = 4
+    """How often a reference may lead back to where it stands."""
     max_depth: int = 3
+    """Nesting of a value of which nothing is said."""
     strict: bool = False
-    """Whether the bounds also cut what the schema allows beyond them, as far as it does not demand it."""
+    """Whether the bounds also cut what the schema allows beyond them, as far as it does not demand it, and count the
+    bytes of strings."""
 
     def cap(self, own: int | None, bound: int, low: int) -> int:
         """The highest count: the schema's own if it has one, unless the bounds are strict; never below low."""
@@ -95,66 +83,21 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A grammar that llama.cpp takes, and the length in characters of the longest text it accepts."""
+    """A grammar that llama.cpp takes, and the length of the longest text it accepts, in characters and in bytes of
+    UTF-8. shortest: a shortest text of it; None where it is very long."""
 
     grammar: str
     max_length: int
+    num_bytes: int
+    shortest: str | None
 
 
-def to_grammar(schema: Schema, **options: Unpack[Options]) -> str:
-    """The grammar of a schema's JSON texts. Raises SchemaError, which names the place."""
-    return compile_schema(schema, **options).grammar
-
-
-def max_length(schema: Schema, **options: Unpack[Options]) -> int:
-    """The length in characters of the longest text that `to_grammar` accepts; always finite. Raises SchemaError."""
-    return compile_schema(schema, **options).max_length
-
-
-def json_object_grammar(**options: Unpack[Options]) -> str:
-    """The grammar of any JSON object within the bounds."""
-    return to_grammar({"type": "object"}, **options)
-
-
-def compile_schema(schema: Schema, **options: Unpack[Options]) -> Compiled:
-    """Both at once; raises SchemaError."""
-    return _compile(schema, Bounds(**options))
-
-
-def compile_within(schema: Schema, num_chars: int, **options: Unpack[Options]) -> Compiled:
-    """The grammar with the widest bounds whose longest text has at most num_chars characters, so no answer is cut.
-
-    Where the options are too wide, all bounds are halved, the schema's own maxLength and maxItems included, until the
-    text fits. Raises SchemaError too_complex if the shortest bounds do not.
-    """
-    compiled = narrowed(lambda bounds: _compile(schema, bounds), Bounds(**options), num_chars)
-    if compiled is None:
-        raise SchemaError("too_complex", "", f"answers may need more than the {num_chars} characters that are left")
-    return compiled
-
-
-def compile_fitting(schema: Schema, num_chars: int, **options: Unpack[Options]) -> Compiled:
-    """As compile_within, and with the bounds as they are where no bounds make it fit: an answer may then be cut."""
-    compiled = narrowed(lambda bounds: _compile(schema, bounds), Bounds(**options), num_chars)
-    return compiled or compile_schema(schema, **options)
-
-
-def narrowed(make: Callable[[Bounds], Compiled], bounds: Bounds, num_chars: int) -> Compiled | None:
-    """What is made with the widest bounds whose longest text has at most num_chars characters; None if there are
-    none."""
-    compiled = make(bounds)
-    while compiled.max_length > num_chars:
-        narrower = replace(bounds, **{name: max(1, getattr(bounds, name) // 2) for name in _NARROWED}, strict=True)
-        if narrower == bounds:
-            return None
-        bounds = narrower
-        compiled = make(bounds)
-    return compiled
-
-
-def _compile(schema: Schema, bounds: Bounds) -> Compiled:
-    rules = Rules()
-    return finish(rules, schema_piece(rules, schema, bounds))
+def narrower(bounds: Bounds) -> Bounds:
+    """Half of them, the schema's own included; the same where nothing is left to halve. The first step only counts
+    the bytes of strings instead of their characters."""
+    if not bounds.strict:
+        return replace(bounds, strict=True)
+    return replace(bounds, **{name: max(1, getattr(bounds, name) // 2) for name in _NARROWED})
 
 
 _NARROWED = ("max_string", "max_items", "max_entries", "max_key", "max_recursion", "max_depth")
@@ -167,7 +110,7 @@ def finish(rules: Rules, root: Piece) -> Compiled:
         validate(grammar, GENERATED_LIMITS)
     except GrammarError as error:
         raise SchemaError("too_complex", "", f"the grammar of the schema is too large ({error})") from error
-    return Compiled(grammar, root.longest)
+    return Compiled(grammar, root.longest, root.num_bytes, root.shortest)
 
 
 def schema_piece(rules: Rules, schema: Schema, bounds: Bounds) -> Piece:
@@ -358,7 +301,7 @@ class _Compiler:
         return self._map(value or EMPTY, low, min(high, MAX_REPETITION))
 
     def _map(self, value: Piece, low: int, high: int) -> Piece:
-        key = string_forms.text(self._rules, 1, self._bounds.max_key)
+        key = string_forms.text(self._rules, 1, self._bounds.max_key, counts_bytes=self._bounds.strict)
         entry = self._rules.name("entry", sequence(key, literal(":"), self._space, value))
         return sequence(literal("{"), self._row(entry, low, high), literal("}"))
 
@@ -463,7 +406,8 @@ class _Compiler:
             return self._shaped_string(flat, pointer, low, own_high)
         if low > MAX_REPETITION:
             raise SchemaError("unsupported", at(pointer, "minLength"), f"minLength above {MAX_REPETITION}")
-        return string_forms.text(self._rules, low, min(high, MAX_REPETITION))
+        high = min(high, MAX_REPETITION)
+        return string_forms.text(self._rules, low, high, counts_bytes=self._bounds.strict)
 
     def _shaped_string(self, flat: Schema, pointer: str, low: int, high: int | None) -> Piece:
         if "pattern" not in flat:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from inference.structured.pieces import EMPTY, Piece, choice, literal, repeat, sequence
+from inference.structured.pieces import EMPTY, Piece, choice, literal, one_of, repeat, sequence
 
 MAX_PATTERN = 512
 MAX_DEPTH = 12
@@ -158,7 +158,7 @@ def _char_piece(ranges: Ranges) -> Piece:
     special = sorted({0x22, 0x5C} | set(range(0x20)))
     escaped = [literal(_in_json(code)) for code in special if _holds(ranges, code)]
     plain = _without(ranges, ((0x22, 0x22), (0x5C, 0x5C), (0x00, 0x1F)))
-    classes = [Piece("[" + "".join(map(_class_range, plain)) + "]", 1)] if plain else []
+    classes = [one_of("".join(map(_class_range, plain)))] if plain else []
     return choice([*classes, *escaped])
 
 

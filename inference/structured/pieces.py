@@ -1,4 +1,4 @@
-"""Pieces of a grammar under construction: GBNF text together with the longest text it can produce, in characters.
+"""Pieces of a grammar under construction: GBNF text together with the longest and the shortest text it can produce.
 
 Rules share their text: equal bodies become one rule, so what a grammar costs follows its shape, not its repetitions.
 Pure; used by everything here that makes a grammar.
@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+MAX_SHORTEST = 4_096
+_CODE_POINT = re.compile(r"\\[uU]([0-9A-Fa-f]{4}(?:[0-9A-Fa-f]{4})?)|\\?(.)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`kind` says what may be written beside it without brackets; `longest` counts Unicode characters."""
+    """`kind` says what may be written beside it without brackets. `longest` counts Unicode characters, `num_bytes` is
+    the longest text in UTF-8: so many tokens at most, as each has a byte. `shortest` is a shortest text, None where it
+    has more than MAX_SHORTEST characters."""
 
     text: str
     longest: int
+    num_bytes: int
+    shortest: str | None
     kind: Literal["atom", "sequence", "choice"] = "atom"
 
     @property
@@ -25,25 +32,46 @@ class Piece:
         return f"({self.text})" if self.kind == "choice" else self.text
 
 
-EMPTY = Piece("", 0, "sequence")
+EMPTY = Piece("", 0, 0, "", "sequence")
+NEWLINE = Piece(r'"\n"', 1, 1, "\n")
 
 
 def literal(text: str) -> Piece:
     """Exactly this text, which has no control characters."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return Piece(f'"{escaped}"', len(text)) if text else EMPTY
+    return Piece(f'"{escaped}"', len(text), len(text.encode()), _bounded(text)) if text else EMPTY
 
 
 def one_of(ranges: str) -> Piece:
     """One character of a class, written as between the brackets."""
-    return Piece(f"[{ranges}]", 1)
+    chars = [_char(match) for match in _CODE_POINT.finditer(ranges)]
+    return Piece(f"[{ranges}]", 1, max(len(char.encode()) for char in chars), chars[0])
+
+
+def _char(match: re.Match[str]) -> str:
+    code_point = match[1]
+    if code_point is None:
+        return match[2]
+    char = chr(int(code_point, 16))
+    return "\ud7ff" if "\ud800" <= char <= "\udfff" else char
 
 
 def sequence(*pieces: Piece) -> Piece:
     parts = [piece for piece in pieces if piece.text]
     if len(parts) == 1:
         return parts[0]
-    return Piece(" ".join(part.grouped for part in parts), sum(part.longest for part in parts), "sequence")
+    shortest = [part.shortest for part in parts if part.shortest is not None]
+    return Piece(
+        " ".join(part.grouped for part in parts),
+        sum(part.longest for part in parts),
+        sum(part.num_bytes for part in parts),
+        _bounded("".join(shortest)) if len(shortest) == len(parts) else None,
+        "sequence",
+    )
+
+
+def _bounded(text: str) -> str | None:
+    return text if len(text) <= MAX_SHORTEST else None
 
 
 def choice(pieces: Iterable[Piece]) -> Piece:
@@ -52,7 +80,9 @@ def choice(pieces: Iterable[Piece]) -> Piece:
     if len(parts) == 1:
         return parts[0]
     text = " | ".join(part.text or '""' for part in parts)
-    return Piece(text, max(part.longest for part in parts), "choice")
+    longest, num_bytes = max(part.longest for part in parts), max(part.num_bytes for part in parts)
+    shortest = [part.shortest for part in parts if part.shortest is not None]
+    return Piece(text, longest, num_bytes, min(shortest, key=len, default=None), "choice")
 
 
 def repeat(piece: Piece, low: int, high: int) -> Piece:
@@ -64,7 +94,9 @@ def repeat(piece: Piece, low: int, high: int) -> Piece:
     times = "?" if (low, high) == (0, 1) else f"{{{low}}}" if low == high else f"{{{low},{high}}}"
     text = piece.text if piece.kind == "atom" else f"({piece.text})"
     # Not an atom: a quantifier after a quantifier would be read as one more.
-    return Piece(f"{text}{times}", piece.longest * high, "sequence")
+    short = piece.shortest if low else ""
+    shortest = short * low if short is not None and len(short) * low <= MAX_SHORTEST else None
+    return Piece(f"{text}{times}", piece.longest * high, piece.num_bytes * high, shortest, "sequence")
 
 
 def optional(piece: Piece) -> Piece:
@@ -72,9 +104,10 @@ def optional(piece: Piece) -> Piece:
 
 
 class Rules:
-    """The named rules of one grammar."""
+    """The named rules of one grammar. prefix: of all names, so that two grammars can be put together."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self._names: dict[str, str] = {}
         self._taken: set[str] = {"root"}
 
@@ -84,14 +117,14 @@ class Rules:
             return EMPTY  # an empty body would swallow the next line
         if piece.text not in self._names:
             self._names[piece.text] = self._free_name(hint)
-        return Piece(self._names[piece.text], piece.longest)
+        return replace(piece, text=self._names[piece.text], kind="atom")
 
-    def grammar(self, root: Piece) -> str:
-        lines = [f"root ::= {root.text}"] + [f"{name} ::= {body}" for body, name in self._names.items()]
+    def grammar(self, root: Piece, *, start: str = "root") -> str:
+        lines = [f"{start} ::= {root.text}"] + [f"{name} ::= {body}" for body, name in self._names.items()]
         return "\n".join(lines) + "\n"
 
     def _free_name(self, hint: str) -> str:
-        base = re.sub(r"[^a-z0-9]+", "-", hint.lower())[:32].strip("-") or "rule"
+        base = self._prefix + (re.sub(r"[^a-z0-9]+", "-", hint.lower())[:32].strip("-") or "rule")
         name, number = base, 2
         while name in self._taken:
             name, number = f"{base}-{number}", number + 1

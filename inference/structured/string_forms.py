@@ -6,11 +6,11 @@ string's text is at most twice its length; surrogates and raw control characters
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from inference.structured.number_forms import digits_between, naturals
-from inference.structured.pieces import Piece, Rules, choice, literal, one_of, optional, repeat, sequence
+from inference.structured.pieces import EMPTY, Piece, Rules, choice, literal, one_of, optional, repeat, sequence
 
 QUOTE = literal('"')
 PLAIN_CHARACTERS = r" !#-\[\]-~\u0080-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF"
@@ -21,11 +21,41 @@ def quoted(piece: Piece) -> Piece:
     return sequence(QUOTE, piece, QUOTE)
 
 
-def text(rules: Rules, low: int, high: int) -> Piece:
-    """A string of low to high characters."""
+def text(rules: Rules, low: int, high: int, *, counts_bytes: bool = False) -> Piece:
+    """A string of low to high characters. counts_bytes: those beyond low have high - low bytes together, escapes
+    included; a string of ASCII is then as long as before, and the longest one is a quarter of it."""
     escape = sequence(literal("\\"), one_of(r"\"\\/bfnrt"))
     char = rules.name("char", choice([one_of(PLAIN_CHARACTERS), escape]))
-    return rules.name("string", quoted(repeat(char, low, high)))
+    if not counts_bytes:
+        return rules.name("string", quoted(repeat(char, low, high)))
+    widths = {1: one_of(r" !#-\[\]-~"), 2: choice([one_of(r"\u0080-\u07FF"), escape]), **WIDE}
+    return rules.name("string", quoted(sequence(repeat(char, low, low), at_most(rules, widths, high - low))))
+
+
+WIDE = {3: one_of(r"\u0800-\uD7FF\uE000-\uFFFD"), 4: one_of(r"\U00010000-\U0010FFFF")}
+"""Characters of three and of four bytes."""
+
+
+def at_most(rules: Rules, widths: Mapping[int, Piece], num_bytes: int) -> Piece:
+    """A text of at most so many bytes in all. widths: what it is made of, by how many bytes each takes. One rule for
+    each number of bytes that may be left, so that every character has one way to be read."""
+    return _counted(rules, widths, num_bytes, num_spare=0)
+
+
+def block_of(rules: Rules, widths: Mapping[int, Piece], num_bytes: int) -> Piece:
+    """As at_most, of so many bytes that the widest does not fit behind it."""
+    return _counted(rules, widths, num_bytes, num_spare=max(widths) - 1)
+
+
+def _counted(rules: Rules, widths: Mapping[int, Piece], num_bytes: int, *, num_spare: int) -> Piece:
+    """num_spare: it ends where no more bytes than these are left; 0: anywhere."""
+    named = {width: rules.name(f"bytes-{width}", piece) for width, piece in widths.items()}
+    ends = () if num_spare else (EMPTY,)
+    rests = [EMPTY] * (num_spare + 1)
+    for left in range(num_spare + 1, num_bytes + 1):
+        taken = [sequence(piece, rests[left - width]) for width, piece in named.items() if width <= left]
+        rests.append(replace(rules.name("rest", choice([*taken, *ends])), longest=left, num_bytes=left))
+    return rests[num_bytes]
 
 
 @dataclass(frozen=True, slots=True)

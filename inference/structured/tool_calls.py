@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
-from inference.structured.json_schema import Bounds, Compiled, Options, finish, narrowed, schema_piece
-from inference.structured.pieces import EMPTY, Piece, Rules, choice, literal, optional, repeat, sequence
+from inference.structured.json_schema import Bounds, schema_piece
+from inference.structured.pieces import EMPTY, NEWLINE, Piece, Rules, choice, literal, optional, repeat, sequence
 from inference.structured.schema_forms import SchemaError, at
 
 MAX_TOOLS = 128
@@ -53,7 +53,7 @@ def _parameters_call(name: str, arguments: Piece, space: Piece, newline: Piece) 
 
 
 def _qwen_call(name: str, arguments: Piece, space: Piece, newline: Piece) -> Piece:
-    return sequence(literal(f"✿FUNCTION✿: {name}"), Piece(r'"\n"', 1), literal("✿ARGS✿: "), arguments)
+    return sequence(literal(f"✿FUNCTION✿: {name}"), NEWLINE, literal("✿ARGS✿: "), arguments)
 
 
 TOOL_CALL_FORMATS: dict[str, _Format] = {
@@ -66,56 +66,14 @@ TOOL_CALL_FORMATS: dict[str, _Format] = {
 }
 
 
-def tool_call_grammar(
-    tools: Sequence[dict[str, Any]],
-    tool: str | None = None,
-    parallel: bool = False,
-    format: str = "chatml",
-    **options: Unpack[Options],
-) -> str:
-    """The grammar of one call of one of the tools, or of up to eight in a row if parallel. See compile_tool_calls."""
-    return compile_tool_calls(tools, tool, parallel, format, **options).grammar
+def calls_piece(
+    tools: Sequence[dict[str, Any]], tool: str | None, format: str, *, bounds: Bounds, num_calls: int
+) -> tuple[Rules, Piece]:
+    """Up to so many calls, and the rules that they are made of.
 
-
-def compile_tool_calls(
-    tools: Sequence[dict[str, Any]],
-    tool: str | None = None,
-    parallel: bool = False,
-    format: str = "chatml",
-    **options: Unpack[Options],
-) -> Compiled:
-    """`tool` names the only one that may be called, None allows all ("required"); formats: TOOL_CALL_FORMATS.
-
-    Raises SchemaError with a pointer into the list of tools, ValueError for an unknown format.
+    `tool` names the only one that may be called, None allows all ("required"); formats: TOOL_CALL_FORMATS. Raises
+    SchemaError with a pointer into the list of tools, ValueError for an unknown format.
     """
-    return _compile(tools, tool, format, Bounds(**options), MAX_CALLS if parallel else 1)
-
-
-def fit_tool_calls(
-    tools: Sequence[dict[str, Any]],
-    tool: str | None = None,
-    parallel: bool = False,
-    format: str = "chatml",
-    *,
-    num_chars: int | None = None,
-    **options: Unpack[Options],
-) -> Compiled:
-    """As compile_tool_calls, with no text longer than num_chars where that is possible, so that no answer is cut:
-    fewer calls first, then narrower bounds (compile_within). Where nothing fits, one call within the options."""
-    bounds = Bounds(**options)
-    if num_chars is None:
-        return _compile(tools, tool, format, bounds, MAX_CALLS if parallel else 1)
-    for num_calls in (MAX_CALLS, MAX_CALLS // 2, 2) if parallel else ():
-        compiled = _compile(tools, tool, format, bounds, num_calls)
-        if compiled.max_length <= num_chars:
-            return compiled
-    fitting = narrowed(lambda narrower: _compile(tools, tool, format, narrower, 1), bounds, num_chars)
-    return fitting or _compile(tools, tool, format, bounds, 1)
-
-
-def _compile(
-    tools: Sequence[dict[str, Any]], tool: str | None, format: str, bounds: Bounds, num_calls: int
-) -> Compiled:
     if format not in TOOL_CALL_FORMATS:
         raise ValueError(f"unknown tool call format {format!r}")
     functions = _functions(tools)
@@ -123,17 +81,17 @@ def _compile(
         raise SchemaError("invalid", "", f"there is no tool named {tool!r}")
     rules, form = Rules(), TOOL_CALL_FORMATS[format]
     space = rules.name("space", optional(literal(" ")))
-    newline = rules.name("newline", optional(Piece(r'"\n"', 1)))
+    newline = rules.name("newline", optional(NEWLINE))
     calls = [
         rules.name(f"call-{name}", form.call(name, _arguments(rules, schema, pointer, bounds), space, newline))
         for name, (schema, pointer) in functions.items()
         if tool is None or name == tool
     ]
-    return finish(rules, _row(rules, form, rules.name("call", choice(calls)), num_calls))
+    return rules, _row(rules, form, rules.name("call", choice(calls)), num_calls)
 
 
 def _row(rules: Rules, form: _Format, call: Piece, num_calls: int) -> Piece:
-    between = Piece(r'"\n"', 1) if form.between == "\n" else literal(form.between)
+    between = NEWLINE if form.between == "\n" else literal(form.between)
     following = rules.name("next-call", sequence(between, call)) if num_calls > 1 else EMPTY
     more = repeat(following, 0, num_calls - 1)
     return sequence(literal(form.start), call, more, literal(form.end))

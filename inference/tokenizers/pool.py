@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import orjson
 from django.conf import settings
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.chat.prompt import ChatPrompt, ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,13 @@ MAX_TEXT_CHARACTERS = 2**20
 MAX_REPLY_BYTES = 32 * 2**20
 START_TIMEOUT_SECONDS = 20.0
 MEMORY_BYTES = 4 * 2**30
+PATIENCE = 4
 CHUNK = 65536
 MAX_KNOWN = 1024
+MAX_VOCABULARIES = 32
+"""Whose children a pool keeps; then those of the one that was asked least recently are ended."""
+IDLE_SECONDS = 900.0
+"""After its last question a vocabulary's children are ended, at the next question of any other."""
 LENGTH = struct.Struct(">I")
 UNENDING = ("chat_template_failed", "The model's chat template does not come to an end on this conversation.")
 FAILURES = {"encode": ("tokenizer_failed", "This text cannot be tokenized."), "chat": UNENDING, "render": UNENDING}
@@ -43,7 +48,7 @@ FAILURES = {"encode": ("tokenizer_failed", "This text cannot be tokenized."), "c
 
 
 class HasVocabulary(Protocol):
-    """As much of registry.Served as is needed here."""
+    """As much of catalog/served.py's Served as is needed here."""
 
     @property
     def digest(self) -> str: ...
@@ -57,6 +62,14 @@ class ChildError(Exception):
     """The child did not answer: it hung, died, or said nonsense. It must not be used again."""
 
 
+def kept_waiting(pid: int) -> float:
+    """Seconds that a process was ready to run and had no processor; 0 where the system does not say (Linux does)."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 class TokenizerChild:
     """One child process. Used by one thread at a time."""
 
@@ -68,7 +81,7 @@ class TokenizerChild:
         os.set_blocking(self._stdin, False)
         os.set_blocking(self._stdout, False)
         try:
-            self.info = self._exchange(b"", time.monotonic() + start_timeout)
+            self.info = self._exchange(b"", start_timeout)
         except ChildError:
             self.kill()
             raise
@@ -78,9 +91,9 @@ class TokenizerChild:
         return self._process.pid
 
     def ask(self, message: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """The child's reply. Raises ChildError."""
+        """The child's reply. Raises ChildError; TimeoutError where the machine was too busy to let it work."""
         body = orjson.dumps(message)
-        return self._exchange(LENGTH.pack(len(body)) + body, time.monotonic() + timeout_seconds)
+        return self._exchange(LENGTH.pack(len(body)) + body, timeout_seconds)
 
     def kill(self) -> None:
         """End it now. Idempotent."""
@@ -91,8 +104,13 @@ class TokenizerChild:
                 with contextlib.suppress(OSError):
                     stream.close()
 
-    def _exchange(self, data: bytes, deadline: float) -> dict[str, Any]:
-        """Write a frame and read one; both ends may be slow, so neither blocks."""
+    def _exchange(self, data: bytes, timeout_seconds: float) -> dict[str, Any]:
+        """Write a frame and read one; both ends may be slow, so neither blocks.
+
+        What it waits for a processor does not count, up to PATIENCE times its time: no text is to blame for that.
+        """
+        started, kept_before = time.monotonic(), kept_waiting(self.pid)
+        deadline = started + timeout_seconds
         received = bytearray()
         missing = LENGTH.size
         poller = select.poll()
@@ -103,6 +121,12 @@ class TokenizerChild:
         while len(received) < missing:
             ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
             if not ready:
+                kept = kept_waiting(self.pid) - kept_before
+                deadline = started + timeout_seconds + min(kept, PATIENCE * timeout_seconds)
+                if time.monotonic() < deadline:
+                    continue
+                if kept > PATIENCE * timeout_seconds:
+                    raise TimeoutError
                 raise ChildError("it took too long")
             for descriptor, _ in ready:
                 if descriptor == self._stdin:
@@ -160,6 +184,8 @@ class _Family:
         self._changed = threading.Condition()
         self._idle: list[TokenizerChild] = []
         self._num_children = 0
+        self._is_closed = False
+        self.last_used = 0.0
 
     @contextlib.contextmanager
     def borrow(self, timeout_seconds: float) -> Iterator[TokenizerChild]:
@@ -172,8 +198,12 @@ class _Family:
             self._gone()
             raise
         with self._changed:
-            self._idle.append(child)
-            self._changed.notify()
+            if not self._is_closed:
+                self._idle.append(child)
+                self._changed.notify()
+                return
+        child.kill()
+        self._gone()
 
     def _acquire(self, timeout_seconds: float) -> TokenizerChild:
         with self._changed:
@@ -194,7 +224,9 @@ class _Family:
             self._changed.notify()
 
     def close(self) -> None:
+        """End the idle children; those at work end when they have answered."""
         with self._changed:
+            self._is_closed = True
             children, self._idle = self._idle, []
             self._num_children -= len(children)
         for child in children:
@@ -204,9 +236,18 @@ class _Family:
 class TokenizerPool:
     """Children by vocabulary, `processes` each at most. Thread-safe."""
 
-    def __init__(self, *, processes: int, timeout_seconds: float, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        processes: int,
+        timeout_seconds: float,
+        wait_seconds: float | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """timeout_seconds: for one question; wait_seconds: until a child is free, by default as long."""
         self._processes = processes
         self._timeout_seconds = timeout_seconds
+        self._wait_seconds = timeout_seconds if wait_seconds is None else wait_seconds
         limits = ["--cpu-seconds", str(math.ceil(timeout_seconds) + 1), "--memory-bytes", str(MEMORY_BYTES)]
         self._command = command or [sys.executable, "-m", "inference.chat.child"]
         self._limits = [] if command else limits
@@ -222,6 +263,15 @@ class TokenizerPool:
         """
         _check_length(len(text))
         return tuple(self.ask(model, {"op": "encode", "text": text, "add_special": add_special})["tokens"])
+
+    def encode_each(self, model: HasVocabulary, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens of each text, in one question. Raises Refusal as `encode`."""
+        _check_length(sum(map(len, texts)))
+        return [tuple(each) for each in self.ask(model, {"op": "encode_each", "texts": list(texts)})["token_lists"]]
+
+    def pieces(self, model: HasVocabulary, tokens: Sequence[int]) -> list[str | list[int]]:
+        """The text of each token, or its bytes where they are none. Raises Refusal as `decode`."""
+        return list(self.ask(model, {"op": "pieces", "tokens": list(tokens)})["pieces"])
 
     def chat(self, model: HasVocabulary, template: ChatTemplate, prompt: ChatPrompt) -> tuple[int, ...]:
         """The tokens of a conversation, rendered by the template. Nothing that came from outside becomes special.
@@ -276,7 +326,8 @@ class TokenizerPool:
         for attempt in (1, 2):
             started = time.monotonic()
             try:
-                with family.borrow(self._timeout_seconds) as child:
+                with family.borrow(self._wait_seconds) as child:
+                    started = time.monotonic()
                     _check_start(child, model)
                     reply = child.ask(message, self._timeout_seconds)
                 return _checked(reply)
@@ -291,14 +342,27 @@ class TokenizerPool:
 
     def _family(self, model: HasVocabulary) -> _Family:
         with self._lock:
-            family = self._families.get(model.digest)
+            family = self._families.pop(model.digest, None)
             if family is None:
-                command = [*self._command, str(model.vocabulary_path), *self._limits]
-                family = self._families[model.digest] = _Family(command, self._processes)
-            return family
+                family = _Family([*self._command, str(model.vocabulary_path), *self._limits], self._processes)
+            family.last_used = time.monotonic()
+            self._families[model.digest] = family  # the last one
+            unused = self._take_unused(family.last_used)
+        for each in unused:
+            each.close()
+        return family
+
+    def _take_unused(self, now: float) -> list[_Family]:
+        """The first are those that were asked least recently."""
+        found = []
+        for digest, family in list(self._families.items()):
+            if len(self._families) <= MAX_VOCABULARIES and now - family.last_used <= IDLE_SECONDS:
+                break
+            found.append(self._families.pop(digest))
+        return found
 
     def close(self) -> None:
-        """End the idle children; those at work end with this process."""
+        """End the idle children; those at work end with this process, or when they have answered."""
         with self._lock:
             families, self._families = list(self._families.values()), {}
         for family in families:
@@ -338,9 +402,15 @@ def tokenizer_pool() -> TokenizerPool:
 
 GRAMMAR_TIMEOUT_SECONDS = 0.8
 """Ten times what the largest grammar that is let through takes on a quiet machine."""
+GRAMMAR_WAIT_SECONDS = 2.0
+"""Eight schemas that nobody has seen before may come at once, and take their turns."""
 
 
 @lru_cache(maxsize=1)
 def grammar_pool() -> TokenizerPool:
     """Children that try grammars out: others than those that tokenize, whom no grammar can hold up."""
-    return TokenizerPool(processes=settings.CONFIG.tokenizer_processes, timeout_seconds=GRAMMAR_TIMEOUT_SECONDS)
+    return TokenizerPool(
+        processes=settings.CONFIG.tokenizer_processes,
+        timeout_seconds=GRAMMAR_TIMEOUT_SECONDS,
+        wait_seconds=GRAMMAR_WAIT_SECONDS,
+    )

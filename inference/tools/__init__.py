@@ -2,9 +2,10 @@
 
 Pure: no Django, no Redis, no model. Dialects use three things.
 
-    plan = plan_tools(template, tools, choice="auto", name=None, parallel=True, max_chars=None)
+    plan = plan_tools(template, tools, choice="auto", name=None, parallel=True)
         template: ChatTemplate | None; tools: OpenAI's form, in JSON. Raises Refusal (400).
-        plan.prompt_tools -> ChatPrompt.tools; plan.grammar -> SamplingParams.grammar, or None;
+        plan.prompt_tools -> ChatPrompt.tools; plan.form, plan.grammar -> GenerateOrder.form,
+        SamplingParams.grammar, or None;
         plan.shown_texts -> GenerateOrder.shown_texts (control tokens that the text must show).
 
     content, calls = plan.read(text, rng=rng, is_thinking=False)

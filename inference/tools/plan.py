@@ -8,14 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.chat.prompt import ChatTemplate
-from inference.structured import SchemaError, fit_tool_calls
+from inference.structured import CallsForm, SchemaError, widest
 from inference.tools.events import Call
 from inference.tools.formats import CHATML, FORMATS, ToolCallFormat, formats_of
 from inference.tools.stream import ToolCallStream, parse
@@ -25,19 +24,24 @@ CHOICES = ("none", "auto", "required")
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """prompt_tools: for ChatPrompt.tools. grammar: for SamplingParams.grammar, None leaves the model free. formats:
-    how its calls may look, none where it has no tools. names: of the tools. shown_texts: texts which, where the
+    """prompt_tools: for ChatPrompt.tools. form: for GenerateOrder.form, None leaves the model free. formats: how its
+    calls may look, none where it has no tools. names: of the tools. shown_texts: texts which, where the
     vocabulary has them as control tokens, must reach the answer's text
     (GenerateOrder.shown_texts)."""
 
     prompt_tools: tuple[Mapping[str, Any], ...] = ()
-    grammar: str | None = None
+    form: CallsForm | None = None
     formats: tuple[ToolCallFormat, ...] = ()
     names: frozenset[str] = frozenset()
 
     @property
     def is_forced(self) -> bool:
-        return self.grammar is not None
+        return self.form is not None
+
+    @property
+    def grammar(self) -> str | None:
+        """The widest of the form, for SamplingParams.grammar; None leaves the model free."""
+        return None if self.form is None else widest(self.form).grammar
 
     @property
     def shown_texts(self) -> tuple[str, ...]:
@@ -61,11 +65,9 @@ def plan_tools(
     *,
     name: str | None = None,
     parallel: bool = True,
-    max_chars: int | None = None,
 ) -> ToolPlan:
     """template: the one that renders the conversation. tools: as OpenAI writes them. choice: none, auto or required;
     name: the one tool that must be called, whatever the choice says. parallel: several calls in one answer may be.
-    max_chars: what a forced answer should not exceed, about max_tokens.
 
     Raises Refusal "invalid_schema" (extra: field, reason, path, tool), "bad_request".
     """
@@ -80,8 +82,8 @@ def plan_tools(
     if not tools or (choice == "none" and not is_forced):
         return ToolPlan()
     formats = _formats(template)
-    grammar = _grammar(tools, name, parallel, formats[0].name, max_chars) if is_forced else None
-    return ToolPlan(tuple(tools), grammar, formats, names)
+    form = _form(tools, name, parallel, formats[0].name) if is_forced else None
+    return ToolPlan(tuple(tools), form, formats, names)
 
 
 def _name_of(tool: Mapping[str, Any]) -> str:
@@ -96,23 +98,17 @@ def _formats(template: ChatTemplate | None) -> tuple[ToolCallFormat, ...]:
     return formats_of(template.source)
 
 
-def _grammar(
-    tools: Sequence[Mapping[str, Any]], name: str | None, parallel: bool, format: str, max_chars: int | None
-) -> str:
+def _form(tools: Sequence[Mapping[str, Any]], name: str | None, parallel: bool, format: str) -> CallsForm:
+    """With the keys in their order, which the answer's follow."""
     try:
-        key = orjson.dumps(list(tools))
+        form = CallsForm(orjson.dumps(list(tools)), name, parallel, format)
     except (TypeError, ValueError, RecursionError) as error:
         raise Refusal("invalid_schema", "Field 'tools': it holds what JSON cannot.", field="tools") from error
     try:
-        return _compiled(key, name, parallel, format, max_chars)
+        widest(form)
     except SchemaError as error:
         raise _refusal(tools, error) from error
-
-
-@lru_cache(maxsize=64)
-def _compiled(tools: bytes, name: str | None, parallel: bool, format: str, max_chars: int | None) -> str:
-    """With the keys in their order, which the answer's follow."""
-    return fit_tool_calls(orjson.loads(tools), name, parallel, format, num_chars=max_chars).grammar
+    return form
 
 
 def _refusal(tools: Sequence[Mapping[str, Any]], error: SchemaError) -> Refusal:

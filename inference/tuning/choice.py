@@ -17,6 +17,10 @@ MIN_GAIN = 1.03
 EQUAL_GAIN = 0.02
 """Formats that are so close to the fastest are as fast; the one that changes the model least wins."""
 MAX_THREAD_CHOICES = 4
+NUM_SEQUENCES = 8
+"""That decode together."""
+SPEED_CONTEXT = 512
+"""Tokens of each of them, while speeds are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +97,8 @@ def increase(candidate: Measured, reference: Measured) -> Increase | None:
     return Increase(100 * math.expm1(mean), 100 * math.exp(mean) * spread)
 
 
-def objection(candidate: Measured, reference: Measured, most_increase: float) -> str:
-    """Why it may not win; empty if it may."""
+def objection(candidate: Measured, reference: Measured, most_increase: float, least_gain: float = MIN_GAIN) -> str:
+    """Why it may not win; empty if it may. least_gain: a factor, below 1 where something slower may win, too."""
     if candidate.problem:
         return candidate.problem
     gained, cost = gain(candidate, reference), increase(candidate, reference)
@@ -104,14 +108,20 @@ def objection(candidate: Measured, reference: Measured, most_increase: float) ->
         return "its perplexity was not measured in time"
     if cost.percent > most_increase:
         return f"its perplexity rises by more than {most_increase:g} %"
-    if gained < MIN_GAIN:
-        return "not faster than the source" if gained <= 1 else f"less than {MIN_GAIN - 1:.0%} faster than the source"
-    return ""
+    return "" if gained >= least_gain else _too_slow(gained, least_gain)
 
 
-def winner(candidates: Sequence[Measured], reference: Measured, most_increase: float) -> Measured | None:
+def _too_slow(gained: float, least_gain: float) -> str:
+    if least_gain < 1:
+        return f"more than {1 - least_gain:.0%} slower than the source"
+    return "not faster than the source" if gained <= 1 else f"less than {least_gain - 1:.0%} faster than the source"
+
+
+def winner(
+    candidates: Sequence[Measured], reference: Measured, most_increase: float, least_gain: float = MIN_GAIN
+) -> Measured | None:
     """The fastest that may win; of those as fast, the one whose perplexity rises least."""
-    able = {each.name: each for each in candidates if not objection(each, reference, most_increase)}
+    able = {each.name: each for each in candidates if not objection(each, reference, most_increase, least_gain)}
     gains = {name: gain(each, reference) or 0.0 for name, each in able.items()}
     if not gains:
         return None

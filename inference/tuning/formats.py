@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inference.gguf import FILE_TYPES, Header
+from inference.gguf.header import FILE_TYPES, Header
 
 MAX_FORMATS = 12
 SPARE_BITS = 2.5

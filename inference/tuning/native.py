@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inference.trial_load import Unfit, limit, load, tie_to, tokenize
+from inference.tuning.choice import NUM_SEQUENCES, SPEED_CONTEXT
+from inference.vetting.trial_load import MAX_OUTPUT_BYTES, Unfit, limit, load, tie_to, tokenize
 
 WINDOW_TOKENS = 256
 LEAD_TOKENS = 64
@@ -26,8 +27,6 @@ LEAD_TOKENS = 64
 SCORED_TOKENS = 64
 """Tokens of one step whose scores are kept at once: a row of scores is as long as the vocabulary."""
 MAX_PASSAGE_TOKENS = 4096
-NUM_SEQUENCES = 8
-SPEED_CONTEXT = 512
 PROMPT_TOKENS = 252
 """Of a measured prompt; in pieces as the engine cuts them."""
 DECODE_START = 64
@@ -46,7 +45,7 @@ Tell = Callable[[float], None]
 def main() -> None:
     question = json.load(sys.stdin)
     tie_to(question["parent"])
-    limit(question["max_memory_bytes"], question["cpu_seconds"], question["max_file_bytes"])
+    limit(question["max_memory_bytes"], question["cpu_seconds"], question["max_file_bytes"] or MAX_OUTPUT_BYTES)
     be_the_first_to_die()
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # llama.cpp must not write into the answer

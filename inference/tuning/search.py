@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inference.gguf import Header
+from inference.gguf.header import Header
+from inference.gguf.parts import size_of
 from inference.tuning import choice
 from inference.tuning.choice import MIN_GAIN, Measured, Settings
 from inference.tuning.formats import Format
@@ -37,7 +38,8 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What to look for. most_increase: of the perplexity, in percent. Seconds are wall seconds of the whole run."""
+    """What to look for. most_increase: of the perplexity, in percent; least_gain: of the speed, as a factor. Seconds
+    are wall seconds of the whole run."""
 
     source: Path
     header: Header
@@ -49,6 +51,9 @@ class Order:
     most_increase: float
     rounds: int
     seconds: float
+    least_gain: float = MIN_GAIN
+    tunes_settings: bool = True
+    """Whether other numbers of threads and flash attention are tried."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +90,7 @@ class Search:
         """Raises NotMeasured where not even the source can be measured."""
         order = self.order
         found = Found(
-            source=Measured(SOURCE, order.source.stat().st_size),
+            source=Measured(SOURCE, size_of(order.source)),
             candidates=[Measured(each.name) for each in order.formats],
             settings=order.settings,
         )
@@ -101,7 +106,8 @@ class Search:
         if not found.source.speeds:
             raise NotMeasured(f"The model's speed was not measured: {found.source.problem or self._too_late()}.")
         self._choose(found)
-        self._tune(found)
+        if order.tunes_settings:
+            self._tune(found)
         self._confirm(found)
         return found
 
@@ -193,12 +199,13 @@ class Search:
     # Decisions
 
     def _choose(self, found: Found) -> None:
-        best = choice.winner(found.candidates, found.source, self.order.most_increase)
+        bounds = self.order.most_increase, self.order.least_gain
+        best = choice.winner(found.candidates, found.source, *bounds)
         if best is not None:
             found.format = next(each for each in self.order.formats if each.name == best.name)
             found.path = self._files[best.name]
         for candidate in found.candidates:
-            candidate.problem = choice.objection(candidate, found.source, self.order.most_increase)
+            candidate.problem = choice.objection(candidate, found.source, *bounds)
 
     def _tune(self, found: Found) -> None:
         """One knob after the other, each against the best so far."""
@@ -227,7 +234,7 @@ class Search:
         self._total += self.order.rounds * len(arms)
         self._measure(arms, ways.__getitem__)
         found.gain = choice.gain(arms["the choice"], arms["the source"])
-        if found.gain is None or found.gain < MIN_GAIN:
+        if found.gain is None or found.gain < self.order.least_gain:
             found.notes.append(
                 "What was chosen could not be measured once more: nothing is kept; allow more with --max-minutes."
                 if found.gain is None

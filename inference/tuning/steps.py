@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from inference.trial import BASE_DIR, KEPT_ENVIRONMENT, OVERHEAD_BYTES, describe_end, tail, with_log
-from inference.trial_load import MAX_OUTPUT_BYTES
+from inference.gguf.parts import size_of
 from inference.tuning.choice import Settings, Speed
 from inference.tuning.formats import Format
+from inference.vetting.trial import BASE_DIR, KEPT_ENVIRONMENT, OVERHEAD_BYTES, describe_end, tail, with_log
 
 PASSAGE = Path(__file__).with_name("passage.txt")
 """From chapter II of News from Nowhere by William Morris (1890), in the public domain; its lines are joined."""
 MAX_LINE_BYTES = 1 << 20
 SPARE_SECONDS = 10
+TICK_SECONDS = 1.0
+"""So often who waits hears of a child that says nothing, too: it may want to stop."""
 UNLIMITED = -1
 PATIENT_THREADS = {
     "OMP_WAIT_POLICY": "active",
@@ -37,7 +39,7 @@ PATIENT_THREADS = {
 """As in the engine: threads that spin long beside a busy process take many times as long for a step."""
 
 Tell = Callable[[float], None]
-"""How much of the step is done, 0.0 to 1.0."""
+"""How much of the step is done, 0.0 to 1.0. Called at least each TICK_SECONDS; what it raises ends the child."""
 
 
 class StepFailed(Exception):
@@ -93,11 +95,11 @@ class NativeSteps:
         return Speed(**{name: float(found[name]) for name in ("prompt", "decode_1", "decode_8")})
 
     def _ask(
-        self, path: Path, question: Mapping[str, Any], seconds: float, tell: Tell, most_bytes: int = MAX_OUTPUT_BYTES
+        self, path: Path, question: Mapping[str, Any], seconds: float, tell: Tell, most_bytes: int | None = None
     ) -> dict[str, Any]:
         is_on_cpu = question.get("n_gpu_layers", 0) == 0
         # The weights are mapped, and kernels that repack them keep a second copy. A driver maps more than it uses.
-        memory = 2 * path.stat().st_size + self.kv_bytes + OVERHEAD_BYTES if is_on_cpu else UNLIMITED
+        memory = 2 * size_of(path) + self.kv_bytes + OVERHEAD_BYTES if is_on_cpu else UNLIMITED
         limits = {
             "path": str(path),
             "parent": os.getpid(),
@@ -145,16 +147,26 @@ def ask_child(
 
 def _follow(output: IO[bytes], deadline: float, tell: Tell) -> dict[str, Any] | None:
     """The last line that is an answer, once the child has closed its output. Raises TimeoutError or StepFailed."""
-    rest, last = b"", None
+    rest, last, told = b"", None, 0.0
+
+    def hear(part: float) -> None:
+        nonlocal told
+        told = part
+        tell(part)
+
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
+            left = max(0.0, deadline - time.monotonic())
+            if not selector.select(min(TICK_SECONDS, left)):
+                if left <= TICK_SECONDS:
+                    raise TimeoutError
+                tell(told)
+                continue
             if not (data := os.read(output.fileno(), 65536)):
                 return last
             *lines, rest = (rest + data).split(b"\n")
-            last = _heard(lines, tell) or last
+            last = _heard(lines, hear) or last
             if len(rest) > MAX_LINE_BYTES:
                 raise StepFailed("the child process gave an answer that is not one")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inference.inspection import hash_file
+from inference.vetting.inspection import Progress, hash_file
 
 PREFIX = ".making-"
 SPARE_BYTES = 64 << 20
@@ -84,9 +84,24 @@ def _own_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def keep(made: Path, folder: Path, name: str) -> tuple[Path, bool]:
+def is_free(folder: Path) -> bool:
+    """Whether no run of this machine works there: a lock ends with its process."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        _lock(handle, folder)
+    except WorkshopError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def keep(made: Path, folder: Path, name: str, progress: Progress | None = None) -> tuple[Path, bool]:
     """Rename a file that was made into `folder`, under a name that its content decides; and whether it is new there."""
-    digest = hash_file(made, None)
+    digest = hash_file(made, progress)
     target = folder / f"{name.replace('/', '-')}-{made.stem}-{digest[:DIGEST_CHARACTERS]}.gguf"
     if target.is_file() and hash_file(target, None) == digest:
         return target, False

@@ -5,6 +5,7 @@ Standard library only. Output that nobody reads any more is dropped, never a rea
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -22,17 +23,23 @@ class Console:
     out: TextIO = field(default_factory=lambda: sys.stdout)
     is_coloured: bool = False
     is_gone: bool = False
+    as_json: bool = False
+    """One object a line: {"process", "line"}. A child's line of JSON is that object in the place of a text."""
 
     @classmethod
-    def of_this_process(cls) -> Console:
-        return cls(is_coloured=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    def of_this_process(cls, *, as_json: bool = False) -> Console:
+        is_coloured = sys.stdout.isatty() and not as_json and not os.environ.get("NO_COLOR")
+        return cls(is_coloured=is_coloured, as_json=as_json)
 
     def say(self, text: str = "") -> None:
         """A line of the supervisor itself."""
-        self._write(text)
+        self._write(_as_json("up", text) if self.as_json else text)
 
     def relay(self, name: str, line: str) -> None:
         """A line of a child."""
+        if self.as_json:
+            self._write(_as_json(name, line))
+            return
         label = f"{name:<{NAME_WIDTH}} |"
         if self.is_coloured:
             label = f"\x1b[{COLOURS.get(name, '37')}m{label}\x1b[0m"
@@ -46,6 +53,14 @@ class Console:
             self.out.flush()
         except OSError:  # the reader of a pipe has gone: go on serving, silently
             self.is_gone = True
+
+
+def _as_json(process: str, line: str) -> str:
+    try:
+        said = json.loads(line)
+    except ValueError:
+        said = line
+    return json.dumps({"process": process, "line": said if isinstance(said, dict) else line}, ensure_ascii=False)
 
 
 class Lines:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from accounts.management.help import epilog, parsed
 from llmsite.config import BASE_DIR, Config, ConfigError, load
 from llmsite.processes import probe, valkey
 from llmsite.processes.child import Child, ChildPlan
@@ -37,7 +38,7 @@ for _, id in ipairs(redis.call('SMEMBERS', 'workers')) do
 end
 return 1
 """
-"""Ends the heartbeat of a dead worker (inference/worker.py names itself host-pid-...): its clients hear at once."""
+"""Ends the heartbeat of a dead worker (its worker.py names itself host-pid-...): its clients hear at once."""
 EXIT_CONFIG = 78  # EX_CONFIG of <sysexits.h>
 
 
@@ -49,6 +50,10 @@ class StopRequested(Exception):
     """Ctrl-C, TERM or the end of the terminal, while something was being waited for."""
 
 
+EXAMPLES = ("up", "up --demo", "up --json")
+STATUSES = {0: "told to stop, and stopped", 1: "the start failed; the last lines say why", 78: "the settings are wrong"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo", action="store_true", help="make demo tenants, keys and a small model, once")
 
@@ -56,11 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str]) -> int:
     """Run until told to stop; the exit status is 0 then, 1 if the start failed, 78 if the settings are wrong."""
     parser = argparse.ArgumentParser(
-        prog="manage.py up", description="Start the web, a worker, beat and an embedded Valkey, and keep them running."
+        prog="manage.py up",
+        description="Start the web, a worker, beat and an embedded Valkey, and keep them running.",
+        epilog=epilog(EXAMPLES, STATUSES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    options = parser.parse_args(arguments)
-    console = Console.of_this_process()
+    parser.add_argument("--json", action="store_true", help="one JSON object a line in the place of lines for people")
+    options = parsed(parser, arguments)
+    console = Console.of_this_process(as_json=options.json)
     try:
         config = load()
     except ConfigError as error:
@@ -221,7 +230,7 @@ class Supervisor:
         return self._python("web", "-m", "llmsite.processes.web", stop_seconds=stop_seconds)
 
     def _worker(self) -> ChildPlan:
-        stop_seconds = self.config.drain_seconds + 2 * STOP_MARGIN_SECONDS
+        stop_seconds = self.config.drain_seconds + STOP_MARGIN_SECONDS  # it ends itself a second earlier
         plan = self._python("worker", str(BASE_DIR / "manage.py"), "worker", stop_seconds=stop_seconds)
         return replace(plan, on_end=self._forget_worker)
 

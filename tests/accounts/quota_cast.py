@@ -6,11 +6,11 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from accounts import quotas
-from accounts.audit import audit
-from accounts.limits import Limits
+from accounts.ledger import quotas
+from accounts.ledger.audit import audit
+from accounts.ledger.quotas import ChargeOrder, ReserveOrder, SettleOrder
+from accounts.limits.precedence import Limits
 from accounts.models import LedgerEntry, QuotaPeriod
-from accounts.quotas import ChargeOrder, ReserveOrder, SettleOrder
 from tests.conftest import Customer
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)

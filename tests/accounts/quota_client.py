@@ -21,9 +21,9 @@ def main(tenant_id: int, key_id: int, num_requests: int, limit: int) -> None:
     import django
 
     django.setup()
-    from accounts import quotas
-    from accounts.limits import Limits
-    from accounts.refusals import Refusal
+    from accounts.ledger import quotas
+    from accounts.limits.precedence import Limits
+    from accounts.trail.refusals import Refusal
 
     def request(number: int) -> int:
         dice, now = random.Random(number), datetime.now(UTC)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
+import redis
 from django.contrib import admin
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
 from django.contrib.sessions.models import Session
 from django.core.checks import run_checks
+from django.core.exceptions import ValidationError
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from accounts import keys, principals, quotas
-from accounts.admin import UncountedPaginator
-from accounts.admin_forms import LIMIT_FIELDS
-from accounts.authentication import authenticate_credentials
+from accounts.identity import keys, known_keys
+from accounts.identity.authentication import authenticate_credentials
+from accounts.ledger import quotas
+from accounts.limits import throttling
 from accounts.models import APIKey, LedgerEntry, Plan, QuotaPeriod, Reservation, Tenant
+from accounts.pages import bulk_preview
+from accounts.pages.admin_forms import LIMIT_FIELDS, AllowedField
+from accounts.pages.long_lists import UncountedPaginator
 from tests.accounts.quota_cast import reserved, settle_order
 from tests.conftest import Cast
 
@@ -38,7 +44,7 @@ def console(db: None, client: Client) -> Client:
 def published(monkeypatch: pytest.MonkeyPatch, django_capture_on_commit_callbacks: Any) -> list[str]:
     """The public ids that were announced."""
     ids: list[str] = []
-    monkeypatch.setattr(principals, "_announce", ids.extend)
+    monkeypatch.setattr(known_keys, "_announce", ids.extend)
     return ids
 
 
@@ -169,7 +175,9 @@ def test_changing_a_key_is_announced(
 
 
 def action(console: Client, name: str, *rows: Any, page: str = "apikey") -> Any:
-    return console.post(url(f"{page}_changelist"), {"action": name, "_selected_action": [row.pk for row in rows]})
+    return console.post(
+        url(f"{page}_changelist"), {"action": name, "_selected_action": [row.pk for row in rows], "previewed": "yes"}
+    )
 
 
 def test_keys_are_revoked_from_the_list(
@@ -259,11 +267,11 @@ def test_a_changed_plan_is_announced_to_everybody(
     console: Client, plan: Plan, published: list[str], django_capture_on_commit_callbacks: Any
 ) -> None:
     with django_capture_on_commit_callbacks(execute=True):
-        form = {"name": "cast", "role": "free", "monthly_tokens": "7"}
+        form = {"name": "cast", "role": "free", "monthly_tokens": "7", "weight": "150"}
         assert console.post(url("plan_change", plan.pk), form).status_code == 302
     plan.refresh_from_db()
-    assert plan.monthly_tokens == 7 and plan.role == "free" and plan.max_output is None
-    assert published == [principals.EVERYTHING]
+    assert plan.monthly_tokens == 7 and plan.weight == 150 and plan.role == "free" and plan.max_output is None
+    assert published == [known_keys.EVERYTHING]
 
 
 def test_staff_without_permission_see_nothing(client: Client, cast: Cast) -> None:
@@ -311,12 +319,81 @@ def test_a_key_is_rotated_on_its_page(console: Client, cast: Cast) -> None:
     assert APIKey.objects.count() == 5
 
 
-def test_tenants_lead_to_keys_periods_and_receipts(console: Client, cast: Cast) -> None:
+def test_tenants_lead_to_keys_periods_receipts_refusals_and_the_playground(console: Client, cast: Cast) -> None:
     quotas.settle(settle_order(reserved(cast.alice)))
     page = console.get(url("tenant_change", cast.alice.tenant.pk)).content.decode()
     found = set(re.findall(r'class="console-link" href="([^"]+)"', page))
-    assert len(found) == 3
-    for link in found:
+    raised = next(link for link in found if "limitrule/add" in link)
+    assert f'value="{cast.alice.tenant.pk}" selected' in console.get(raised.replace("&amp;", "&")).content.decode()
+    assert len(found) == 6
+    for link in found - {raised}:
         listed = console.get(link)
         assert listed.status_code == 200 and "Bob" not in listed.content.decode().split("<table")[-1]
     assert console.get(url("quotaperiod_changelist"), {"whose": "tenants"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [("", None), ("small, large,", ["small", "large"]), ('["small"]', ["small"])]
+)
+def test_allowed_names_are_written_with_commas(written: str, kept: list[str] | None) -> None:
+    field = AllowedField(required=False)
+    assert field.clean(written) == kept
+    assert field.clean(field.prepare_value(kept)) == kept
+    assert not field.has_changed(kept, field.prepare_value(kept))
+    with pytest.raises(ValidationError, match="commas between them"):
+        field.clean("[small")
+
+
+# What several rows would become is shown first
+
+
+def test_an_action_on_several_rows_shows_them_before_it_changes_any(console: Client, cast: Cast) -> None:
+    rows = [cast.alice.key, cast.bob.key]
+    chosen = {"action": "revoke", "_selected_action": [row.pk for row in rows]}
+    page = console.post(url("apikey_changelist") + "?state=usable", chosen).content.decode()
+    assert "Do it for 2 API keys" in page and all(str(row.pk) in page for row in rows)
+    assert "Charlie" not in page and 'name="previewed"' in page
+    assert not APIKey.objects.exclude(revoked_at=None).exists()
+
+
+def test_the_page_says_whose_each_row_is_and_what_runs_there(
+    console: Client, cast: Cast, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = time.time() + 60
+    valkey.zadd(f"{throttling.PREFIX}:places:key:{cast.alice.key.pk}", {"one": soon, "two": soon, "past": soon - 120})
+    valkey.zadd(f"{throttling.PREFIX}:places:tenant:{cast.bob.tenant.pk}", {"one": soon})
+    of_keys = {"action": "revoke", "_selected_action": [cast.alice.key.pk, cast.bob.key.pk]}
+    of_tenants = {"action": "suspend", "_selected_action": [cast.alice.tenant.pk, cast.bob.tenant.pk]}
+
+    def said(page: str, data: Any) -> list[str]:
+        text = console.post(url(f"{page}_changelist"), data).content.decode().split('id="bulk-preview"')[1]
+        rows = re.findall(r"<li>(.*?)</li>", text, re.DOTALL)
+        return sorted(" ".join(re.sub(r"<[^>]*>", " ", row).split()) for row in rows)
+
+    first, second = said("apikey", of_keys)
+    assert {first.partition(" of ")[2], second.partition(" of ")[2]} == {
+        "Alice&#x27;s 2 requests run or wait",
+        "Bob&#x27;s nothing runs",
+    }
+    assert said("tenant", of_tenants) == ["Alice&#x27;s nothing runs", "Bob&#x27;s 1 requests run or wait"]
+
+    def away(*_args: Any) -> Any:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(throttling, "running_of", away)
+    assert all(row.endswith("Redis does not answer") for row in said("tenant", of_tenants))
+    assert not Tenant.objects.filter(status="suspended").exists()
+
+
+def test_of_very_many_rows_some_are_named_and_all_are_changed(
+    console: Client, cast: Cast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_preview, "MOST_SHOWN", 2)
+    ours = Tenant.objects.filter(pk__in=[cast.alice.tenant.pk, cast.bob.tenant.pk])
+    chosen = {"action": "suspend", "_selected_action": [row.pk for row in ours], "select_across": "1"}
+    page = console.post(url("tenant_changelist"), chosen).content.decode()
+    number = Tenant.objects.count()
+    assert f"Do it for {number} tenants" in page and f"and {number - 2} more" in page
+    assert not Tenant.objects.filter(status="suspended").exists()
+    console.post(url("tenant_changelist"), {**chosen, "previewed": "yes"})
+    assert Tenant.objects.filter(status="suspended").count() == number

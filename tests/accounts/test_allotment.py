@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accounts.allotment import Balance, ChargeOrder, Held, ReserveOrder, decide
-from accounts.limits import Limits
-from accounts.refusals import Refusal
+from accounts.ledger.allotment import Balance, ChargeOrder, Held, ReserveOrder, decide
+from accounts.limits.precedence import Limits
+from accounts.trail.refusals import Refusal
 
 pytestmark = pytest.mark.unit
 

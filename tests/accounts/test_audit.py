@@ -9,10 +9,10 @@ import pytest
 from django.db import connection
 from django.db.models import F
 
-from accounts import audit as audit_module
-from accounts import quotas
-from accounts.audit import audit
-from accounts.limits import Limits
+from accounts.ledger import audit as audit_module
+from accounts.ledger import quotas
+from accounts.ledger.audit import audit
+from accounts.limits.precedence import Limits
 from accounts.models import LedgerEntry, QuotaPeriod, Reservation
 from tests.accounts.quota_cast import charge_order, reserved, settle_order
 from tests.conftest import Cast

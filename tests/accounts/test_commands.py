@@ -11,10 +11,11 @@ import pytest
 from django.core.management import CommandError, call_command, load_command_class
 from django.utils import timezone
 
-from accounts import keys, quotas
-from accounts.authentication import authenticate_credentials
+from accounts.identity import keys
+from accounts.identity.authentication import authenticate_credentials
+from accounts.ledger import quotas
 from accounts.models import APIKey, LedgerEntry, Plan, Tenant
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from tests.accounts.quota_cast import reserved, settle_order
 from tests.conftest import Cast
 
@@ -76,6 +77,9 @@ def test_a_key_is_shown_once_and_works(cast: Cast) -> None:
         "laptop",
         2,
     )
+    narrow = answer("create_key", "Alice's", "--model", "small", "--adapter", "formal", "--adapter", "small:verse")
+    assert (narrow["allowed_models"], narrow["allowed_adapters"]) == (["small"], ["formal", "small:verse"])
+    assert facts["allowed_models"] is None
     text = said("create_key", "Bob's", "--scope", "operator", "--expires-at", "2099-01-31T00:00:00").split()[-1]
     assert authenticate_credentials({"X-API-Key": text}).scopes == {"operator"}
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from accounts.group_commit import GroupCommit
+from accounts.ledger.group_commit import GroupCommit
+from tests.timing import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.unit
 
@@ -25,7 +26,7 @@ class Book:
     def commit(self, works: Sequence[int]) -> list[int | Exception]:
         self.running += 1
         assert self.running == 1, "two leaders at once"
-        self.may_go_on.wait(5)
+        self.may_go_on.wait(PATIENCE_SECONDS)
         self.groups.append(list(works))
         self.running -= 1
         return [ValueError(str(work)) if work < 0 else 2 * work for work in works]
@@ -50,8 +51,8 @@ def test_work_that_arrives_during_a_commit_is_the_next_group() -> None:
         while len(group._pending) < 32:
             pass
         book.may_go_on.set()
-        assert first.result(5) == 200
-        assert [each.result(5) for each in others] == [2 * number for number in range(32)]
+        assert first.result(PATIENCE_SECONDS) == 200
+        assert [each.result(PATIENCE_SECONDS) for each in others] == [2 * number for number in range(32)]
     assert [len(each) for each in book.groups] == [1, 32]
 
 
@@ -64,7 +65,7 @@ def test_a_group_has_a_largest_size_and_leadership_is_handed_on() -> None:
         while len(group._pending) < 10:
             pass
         book.may_go_on.set()
-        assert [each.result(5) for each in results] == [2 * number for number in range(11)]
+        assert [each.result(PATIENCE_SECONDS) for each in results] == [2 * number for number in range(11)]
     assert max(len(each) for each in book.groups) == 4
     assert sorted(work for each in book.groups for work in each) == list(range(11))
 

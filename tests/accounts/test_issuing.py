@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from django.core.exceptions import ValidationError
+from django.db.models import JSONField
 
-from accounts import issuing, keys
+from accounts.identity import issuing, key_rows, keys
 from accounts.models import APIKey
 from tests.conftest import Cast
 
@@ -47,6 +48,23 @@ def test_rotating_without_overlap_revokes_at_once(cast: Cast) -> None:
     assert new.rotated_from == old and new.quota_key == old and new.tenant == old.tenant
     assert (new.name, new.scopes, new.limit_overrides) == (old.name, old.scopes, old.limit_overrides)
     assert text != cast.alice.text and keys.parse(text) is not None
+
+
+def test_a_successor_has_every_right_and_bound_of_the_old_key_and_no_other(cast: Cast) -> None:
+    old = cast.alice.key
+    for field in APIKey._meta.concrete_fields:
+        if isinstance(field, JSONField) and field.null:  # lists of names: null would be every one
+            setattr(old, field.attname, ["small"])
+    old.scopes, old.limit_overrides, old.expires_at = ["usage"], {"concurrent_requests": 2}, NOW + timedelta(days=1)
+    old.save()
+    new, _ = issuing.rotate(old, 3600, now=NOW)
+    of_its_own = {"id", "public_id", "secret_hash", "pepper_id", "quota_key", "rotated_from"}
+    of_its_own |= {"expires_at", "last_used_at", "created_at"}
+    for field in APIKey._meta.concrete_fields:
+        if field.name not in of_its_own:
+            assert getattr(new, field.attname) == getattr(old, field.attname), field.name
+    assert new.expires_at == NOW + timedelta(days=1)
+    assert key_rows.principal_of(new).allowed_models == {"small"}
 
 
 def test_rotating_with_overlap_lets_both_work(cast: Cast) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from accounts import keys
+from accounts.identity import keys
 
 pytestmark = pytest.mark.unit
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from django.core.exceptions import ValidationError
 
-from accounts.limits import MAX_LIMIT, Limits
+from accounts.limits.precedence import MAX_LIMIT, Limits
 from accounts.models import validate_limits, validate_scopes
-from accounts.principals import Principal
+from tests.accounts.principals import on_plan
 
 pytestmark = pytest.mark.unit
 
@@ -38,19 +38,8 @@ def test_scopes_are_a_list_of_known_words(scopes: object) -> None:
 
 
 def test_the_tighter_of_tenant_and_key_binds() -> None:
-    principal = Principal(
-        key_id=1,
-        quota_key_id=1,
-        public_id="a",
-        key_name="a",
-        tenant_id=1,
-        tenant_name="Alice's",
-        plan_name="p",
-        role="standard",
-        scopes=frozenset(),
-        tenant_limits=Limits(max_output=100, max_context=10),
-        key_limits=Limits(max_output=200, queue_length=0),
-    )
+    tenant = {"max_output": 100, "max_context": 10}
+    principal = on_plan(key={"max_output": 200, "queue_length": 0}, **tenant)
     assert principal.limit("max_output") == 100
     assert principal.limit("max_context") == 10
     assert principal.limit("queue_length") == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accounts.periods import calendar_period, next_period
+from accounts.ledger.periods import calendar_period, next_period
 
 pytestmark = pytest.mark.unit
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, connections
 
-from accounts import issuing, quotas
-from accounts.limits import Limits
+from accounts.identity import issuing
+from accounts.ledger import quotas
+from accounts.ledger.quotas import ReleaseOrder
+from accounts.limits.precedence import Limits
 from accounts.models import LedgerEntry, Plan, QuotaPeriod
-from accounts.quotas import ReleaseOrder
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from tests.accounts.quota_cast import NOW, assert_proven, counters, reserve_order, settle_order, tenant_period
 from tests.conftest import Customer, make_customer
 

@@ -13,32 +13,14 @@ import pytest
 import redis
 from django.conf import settings
 
-from accounts import throttling
-from accounts.limits import Limits
-from accounts.principals import Principal
-from accounts.refusals import Refusal
-from accounts.throttling import RateState, count_request, enter, leave, peek_requests, peek_tokens
+from accounts.identity.principals import Principal
+from accounts.limits import throttling
+from accounts.limits.precedence import Limits
+from accounts.limits.throttling import RateState, count_request, enter, leave, peek_requests, peek_tokens
+from accounts.trail.refusals import Refusal
+from tests.accounts.principals import ALICE, BOB, on_plan
 
 pytestmark = pytest.mark.integration
-
-ALICE = Principal(
-    key_id=11,
-    quota_key_id=11,
-    public_id="alice",
-    key_name="main",
-    tenant_id=1,
-    tenant_name="Alice's",
-    plan_name="p",
-    role="standard",
-    scopes=frozenset(["generate"]),
-    tenant_limits=Limits(),
-    key_limits=Limits(),
-)
-BOB = replace(ALICE, tenant_id=2, tenant_name="Bob's", key_id=21, quota_key_id=21)
-
-
-def on_plan(who: Principal = ALICE, *, key: dict[str, int] | None = None, **limits: int | None) -> Principal:
-    return replace(who, tenant_limits=Limits(**limits), key_limits=Limits(**(key or {})))
 
 
 def with_override(who: Principal = ALICE, *, key: dict[str, int] | None = None, **limits: int) -> Principal:
@@ -269,7 +251,7 @@ def test_keys_of_limits_do_not_stay_for_ever(valkey: Any) -> None:
     assert all(0 < valkey.ttl(key) <= 120 for key in valkey.keys("accounts:*"))
 
 
-def test_two_processes_never_exceed_tokens_or_places(valkey: Any) -> None:
+def test_thirty_two_threads_never_exceed_tokens_or_places(valkey: Any) -> None:
     alice = on_plan(tokens_per_minute=1000, concurrent_requests=12)
 
     def attempt(number: int) -> bool:
@@ -296,3 +278,97 @@ def test_without_redis_nobody_enters_and_leaving_does_not_raise(monkeypatch: pyt
     assert refused(peek_tokens, ALICE).retry_after == 2
     assert leave(1, 11, "r1", unused_tokens=1) is False
     assert throttling.running(1) == 0
+
+
+# Streams at once
+
+
+def test_streams_have_places_of_their_own_among_the_requests(valkey: Any) -> None:
+    alice = on_plan(key={"concurrent_streams": 1}, concurrent_streams=2, concurrent_requests=10)
+    enter(alice, "s1", tokens=1, ttl_seconds=60, stream=True)
+    answer = refused(enter, alice, "s2", tokens=1, ttl_seconds=60, stream=True)
+    assert (answer.code, answer.extra["of"], answer.extra["value"]) == ("too_many_concurrent_streams", "key", 1)
+    enter(alice, "plain", tokens=1, ttl_seconds=60)
+    other = replace(second_key(alice), key_limits=Limits())
+    enter(other, "s3", tokens=1, ttl_seconds=60, stream=True)
+    assert refused(enter, other, "s4", tokens=1, ttl_seconds=60, stream=True).extra["of"] == "tenant"
+    of_tenant, of_key = throttling.peek_places(alice)
+    assert (of_tenant, of_key) == (throttling.Places(3, 2), throttling.Places(2, 1))
+    leave(1, 11, "s1")
+    assert throttling.peek_places(alice)[1] == throttling.Places(1, 0)
+    enter(alice, "s2", tokens=1, ttl_seconds=60, stream=True)
+
+
+def test_what_leaves_in_a_pipeline_leaves_its_stream_too(valkey: Any) -> None:
+    enter(ALICE, "s1", tokens=1, ttl_seconds=60, stream=True)
+    assert valkey.execute_command(*throttling.leave_command(1, 11, "s1", 0)) == 1
+    assert throttling.peek_places(ALICE) == (throttling.Places(0, 0), throttling.Places(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [({"tokens_per_minute": 10}, 11), ({"concurrent_requests": 1}, 1), ({"concurrent_streams": 1}, 1)],
+)
+def test_asking_whether_one_would_enter_says_the_same_and_takes_nothing(
+    valkey: Any, limits: dict[str, int], tokens: int
+) -> None:
+    alice = on_plan(**limits)
+    assert throttling.would_enter(alice, tokens=1, stream=True).tokens.limit == limits.get("tokens_per_minute")
+    assert valkey.keys("accounts:*") == []
+    enter(alice, "r1", tokens=1, ttl_seconds=60, stream=True)
+    told = refused(throttling.would_enter, alice, tokens=tokens, stream=True)
+    real = refused(enter, alice, "r2", tokens=tokens, ttl_seconds=60, stream=True)
+    assert (told.code, told.message) == (real.code, real.message)
+
+
+# Without Redis, and without a key
+
+
+@pytest.mark.parametrize(("house", "plan", "passes"), [("closed", "open", True), ("open", "closed", False)])
+def test_a_plan_has_its_own_policy_for_when_redis_is_away(
+    monkeypatch: pytest.MonkeyPatch, house: str, plan: str, passes: bool
+) -> None:
+    def away(*_arguments: Any, **_options: Any) -> None:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(throttling, "get_usage", away)
+    monkeypatch.setattr(settings.CONFIG, "redis_outage_policy", house)
+    alice = replace(on_plan(requests_per_minute=3), outage_policy=plan, quota_key_id=9000 + passes)
+    if passes:
+        assert count_request(alice, None).limit == 3
+    else:
+        assert refused(count_request, alice, None).code == "service_unavailable"
+
+
+@pytest.mark.usefixtures("still", "valkey")
+def test_who_has_no_key_is_counted_by_address() -> None:
+    for _ in range(throttling.ANONYMOUS_PER_MINUTE):
+        throttling.count_anonymous("192.0.2.1")
+    assert refused(throttling.count_anonymous, "192.0.2.1").extra["limit"] == "anonymous_requests_per_minute"
+    throttling.count_anonymous("192.0.2.2")
+
+
+@pytest.mark.usefixtures("still", "valkey")
+def test_wrong_passwords_make_an_address_and_a_name_wait() -> None:
+    for number in range(throttling.LOGINS_PER_MINUTE):
+        assert throttling.login_wait("192.0.2.1", "root") == 0
+        throttling.count_failed_login("192.0.2.1", f"name{number}")
+    assert throttling.login_wait("192.0.2.1", "root") > 0
+    assert throttling.login_wait("192.0.2.2", "root") == 0
+    for number in range(throttling.LOGINS_OF_A_NAME_PER_MINUTE):
+        throttling.count_failed_login(f"198.51.100.{number}", "Root")
+    assert throttling.login_wait("192.0.2.2", "root") > 0
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("still", "valkey")
+def test_the_console_lets_nobody_guess_passwords(client: Any, settings: Any) -> None:
+    from django.contrib.auth.models import User
+
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # quick; what is wrong stays wrong
+    User.objects.create_superuser("root", password="a long password for tests")
+    wrong = {"username": "root", "password": "wrong"}
+    pages = [client.post("/admin/login/", wrong).content.decode() for _ in range(throttling.LOGINS_PER_MINUTE + 1)]
+    assert ["Too many wrong passwords" in page for page in pages] == [False] * throttling.LOGINS_PER_MINUTE + [True]
+    right = client.post("/admin/login/", {**wrong, "password": "a long password for tests"})
+    assert right.status_code == 200 and "Too many wrong passwords" in right.content.decode()

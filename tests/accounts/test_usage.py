@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from accounts import quotas
-from accounts.limits import Limits
+from accounts.identity.key_rows import principal_of
+from accounts.ledger import quotas
+from accounts.ledger.usage import tenant_usage, usage
+from accounts.limits.precedence import Limits
 from accounts.models import Tenant
-from accounts.principals import principal_of
-from accounts.usage import tenant_usage, usage
 from tests.accounts.quota_cast import NOW, charge_order, reserved, settle_order
 from tests.conftest import Cast
 

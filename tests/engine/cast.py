@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from inference.engine import (
     TokenEvent,
 )
 from inference.engine.speculative import Ask
+from tests.timing import PATIENCE_SECONDS
 
 
 class EventLog:
@@ -49,14 +51,16 @@ class EventLog:
     def finished(self) -> dict[str, Finished]:
         return {event.request_id: event for event in self.events if isinstance(event, Finished)}
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         with self._changed:
-            assert self._changed.wait_for(condition, timeout=seconds), f"it did not happen: {self.finished}"
+            while not self._changed.wait_for(condition, timeout=0.02):  # it may be about other things than events
+                assert time.monotonic() < deadline, f"it did not happen: {self.finished}"
 
-    def wait_finished(self, *request_ids: str, seconds: float = 20.0) -> None:
+    def wait_finished(self, *request_ids: str, seconds: float = PATIENCE_SECONDS) -> None:
         self.wait_for(lambda: set(request_ids) <= self.finished.keys(), seconds)
 
-    def wait_started(self, request_id: str, seconds: float = 20.0) -> None:
+    def wait_started(self, request_id: str, seconds: float = PATIENCE_SECONDS) -> None:
         self.wait_for(lambda: any(isinstance(event, Started) for event in self.of(request_id)), seconds)
 
 

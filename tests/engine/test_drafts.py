@@ -230,6 +230,29 @@ def test_a_slot_holds_no_wrong_guess_when_the_next_turn_reuses_it(rate: float) -
     assert proposer.opened == [(0, 0), (0, len(first.prompt) + len(answer) - 1)]
 
 
+@pytest.mark.parametrize("is_free", [False, True])
+def test_guesses_that_are_right_before_and_after_a_shift_are_known_to_be(is_free: bool) -> None:
+    backend = FakeBackend(1, 64)
+    wanted = requests(1, max_tokens=200, decoding=Decoding(context_shift=True, num_keep=3, num_discard=29))
+
+    class Knowing(Rehearsed):
+        """Looks up how far the answer is, so that it is right whatever has been shifted."""
+
+        def _guesses(self, ask: Ask) -> list[int]:
+            place = backend._open[ask.slot_id].num_chosen
+            return [invented_answer(wanted[0].prompt, 0, place + offset) for offset in range(ask.num_max)]
+
+    proposer = Knowing({}, is_free=is_free)
+    engine = Engine(backend, proposer=proposer, draft_settings=always(num_max=4))
+    chances: list[float] = []
+    log = run(engine, *wanted, also=lambda _step: chances.extend(engine.stats().draft_chances.values()))
+    assert proposer.shifted == [(0, 3, 29)] * 5
+    assert chances == sorted(chances)
+    receipt = log.finished["r0"].receipt
+    assert receipt.accepted_tokens == receipt.drafted_tokens > 150
+    assert log.tokens("r0") == run(Engine(FakeBackend(1, 64)), *wanted).tokens("r0")
+
+
 def test_a_cancel_in_the_middle_leaves_the_others_and_the_slot_in_order() -> None:
     wanted = requests(3)
     engine = Engine(FakeBackend(2, 64), proposer=rehearsed(wanted, 0.5), draft_settings=always())

@@ -207,14 +207,14 @@ def test_a_deadline_ends_a_waiting_sequence(clock: HandClock) -> None:
 
 
 def test_a_deadline_passes_between_prompt_chunks(clock: HandClock) -> None:
-    bench = Bench(clock, FakeBackend(1, 1000, seconds_per_token=0.001, sleep=clock.sleep))
+    bench = Bench(clock, FakeBackend(1, 1000, seconds_per_token=0.001, sleep=clock.sleep), step_seconds=0.1)
     bench.add(prompt=tuple(range(900)), deadline=clock() + 0.25)
     last = bench.run()["r"]
     assert (last.reason, last.receipt.completion_tokens, last.receipt.num_steps) == (FinishReason.DEADLINE, 0, 3)
 
 
 def test_a_long_prompt_never_keeps_a_generating_neighbour_waiting(clock: HandClock) -> None:
-    bench = Bench(clock, FakeBackend(2, 1000, seconds_per_token=0.001, sleep=clock.sleep))
+    bench = Bench(clock, FakeBackend(2, 1000, seconds_per_token=0.001, sleep=clock.sleep), step_seconds=0.1)
     bench.add("talker", max_tokens=30)
     bench.step()
     bench.add("reader", prompt=tuple(range(900)), max_tokens=1)
@@ -239,7 +239,7 @@ def test_chunks_shrink_on_a_machine_slower_than_measured_and_grow_back(clock: Ha
         bench.step()
         return clock() - before
 
-    bench = Bench(clock, Busy(1, 5000, seconds_per_token=0.001, sleep=clock.sleep))
+    bench = Bench(clock, Busy(1, 5000, seconds_per_token=0.001, sleep=clock.sleep), step_seconds=0.1)
     bench.add(prompt=tuple(range(4900)))
     assert duration() == pytest.approx(0.5)
     assert [duration() for _ in range(20)][-1] == pytest.approx(0.1, rel=0.1)

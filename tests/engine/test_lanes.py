@@ -25,6 +25,7 @@ from inference.engine.engine import Engine
 from inference.engine.gate import StepGate
 from inference.engine.lanes import LaneRunner, run_in_lanes
 from inference.engine.state_store import StoredState
+from tests.timing import PATIENCE_SECONDS, wait_for
 
 from .cast import EventLog, assert_well_formed, make_request
 
@@ -150,7 +151,7 @@ def test_half_the_threads_make_prompt_chunks_half_as_long_at_once() -> None:
         now[0] += seconds
 
     backend = FakeBackend(1, 4096, 0.0, 0.002, n_threads=2, sleep=sleep)
-    engine = Engine(backend, clock=lambda: now[0])
+    engine = Engine(backend, clock=lambda: now[0], step_seconds=0.1)
     engine.add(make_request(prompt=tuple(range(1, 400))), now[0])
     lasted = []
     for number in (2, 2, 1, 1, 1, 2, 2):
@@ -400,6 +401,17 @@ def test_lanes_that_do_not_fit_are_refused_and_free_what_was_made(log: EventLog)
     assert backend.freed == [1]
 
 
+def test_lanes_that_cannot_be_made_of_their_backends_free_all_of_them(log: EventLog) -> None:
+    def broken() -> Iterator[StoredState]:
+        raise OSError("the states cannot be read")
+        yield
+
+    backend = Fragile(SLOTS, 64, fails_with=A)
+    with pytest.raises(OSError, match="cannot be read"):
+        run_in_lanes(backend, 2, sink=log, states=broken())
+    assert len(backend.freed) == 2
+
+
 def test_stats_add_up(log: EventLog, start_lanes: StartLanes) -> None:
     runner = start_lanes()
     assert runner.stats().last_step_at is None
@@ -414,20 +426,12 @@ def test_stats_add_up(log: EventLog, start_lanes: StartLanes) -> None:
 
 
 def test_the_gate_lets_steps_pass_together_and_whoever_waited_goes_before_the_next_closer() -> None:
-    gate, seen = StepGate(), []
-    inside = threading.Barrier(2, timeout=5)
+    gate, seen, go_on = StepGate(), [], threading.Event()
 
-    def step() -> None:
+    def step(name: str) -> None:
         with gate.step():
-            inside.wait()  # both are in at once
-            time.sleep(0.05)
-            seen.append("step")
-
-    threads = [threading.Thread(target=step) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    while gate._num_steps < 2:
-        time.sleep(0.001)
+            go_on.wait(PATIENCE_SECONDS)
+            seen.append(name)
 
     def close() -> None:
         with gate.closed():
@@ -435,15 +439,20 @@ def test_the_gate_lets_steps_pass_together_and_whoever_waited_goes_before_the_ne
             time.sleep(0.02)
             seen.append("open")
 
-    threads += [threading.Thread(target=close) for _ in range(2)]
-    for thread in threads[2:]:
-        thread.start()
-    while gate._num_closers < 2:
-        time.sleep(0.001)
-    with gate.step():
-        seen.append("later step")
+    threads = []
+    for target, name, waits in (
+        (step, "step", lambda: gate._num_steps == 1),
+        (step, "step", lambda: gate._num_steps == 2),  # both are in at once
+        (close, None, lambda: gate._num_closers == 1),
+        (close, None, lambda: gate._num_closers == 2),
+        (step, "later step", lambda: gate._num_waiting == 1),
+    ):
+        threads.append(threading.Thread(target=target, args=[name] if name else []))
+        threads[-1].start()
+        wait_for(waits)
+    go_on.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(PATIENCE_SECONDS)
     assert seen == ["step", "step", "closed", "open", "later step", "closed", "open"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from inference import demo_adapters
 from inference.engine.lora_file import write_padded
-from inference.gguf import read_header
+from inference.gguf.header import read_header
 from tests.inference import gguf_files
 
 pytestmark = pytest.mark.unit

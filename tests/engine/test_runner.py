@@ -21,6 +21,7 @@ from inference.engine import (
     Started,
     TokenEvent,
 )
+from tests.timing import PATIENCE_SECONDS, Stopwatch, wait_for
 
 from .cast import EventLog, assert_well_formed, make_request
 
@@ -95,10 +96,10 @@ def test_an_idle_engine_sleeps_and_wakes_at_once(log: EventLog, start: Start) ->
     assert time.process_time() - used < 0.1
     delays = []
     for index in range(30):
-        began = time.perf_counter()
+        watch = Stopwatch()
         runner.submit(make_request(f"r{index}", max_tokens=1))
         log.wait_finished(f"r{index}")
-        delays.append(time.perf_counter() - began)
+        delays.append(watch.seconds())
     assert sorted(delays)[len(delays) // 2] < 0.01
     assert runner.stats().num_steps == 30
 
@@ -126,13 +127,6 @@ def test_a_request_cancelled_before_the_engine_saw_it_still_finishes(log: EventL
     assert runner.stats().num_steps == 0
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.001)
-
-
 def accepts(runner: EngineRunner, request: GenerationRequest) -> bool:
     """The engine forgets an id just after the sink has seen its end."""
     try:
@@ -153,8 +147,8 @@ def test_the_id_of_a_finished_request_may_come_again(log: EventLog, start: Start
     runner = start(FakeBackend(1, 64))
     runner.submit(make_request())
     log.wait_finished("r")
-    wait_until(lambda: accepts(runner, make_request()))
-    wait_until(lambda: [type(event) for event in log.of("r")].count(Finished) == 2)
+    wait_for(lambda: accepts(runner, make_request()))
+    wait_for(lambda: [type(event) for event in log.of("r")].count(Finished) == 2)
     assert [type(event) for event in log.of("r")[:6]] == [type(event) for event in log.of("r")[6:]]
 
 
@@ -204,10 +198,9 @@ def test_a_stopped_engine_loads_no_adapter_and_leaves_nobody_waiting(log: EventL
     codes: list[str] = []
     caller = threading.Thread(target=lambda: codes.append(code_of(lambda: unstarted.load_adapter("a", __file__))))
     caller.start()
-    while not unstarted._errands:
-        time.sleep(0.001)
+    wait_for(lambda: unstarted._errands)
     unstarted.stop()
-    caller.join(5)
+    caller.join(PATIENCE_SECONDS)
     assert codes == ["engine_stopped"]
 
 
@@ -236,13 +229,31 @@ def test_a_broken_backend_ends_every_live_request_and_takes_no_more(log: EventLo
     for name in names:
         runner.submit(make_request(name, max_tokens=50))
     log.wait_finished(*names)
-    wait_until(lambda: bool(crashes))
+    wait_for(lambda: bool(crashes))
     assert {(last.reason, last.error) for last in log.finished.values()} == {(FinishReason.ERROR, "engine_crashed")}
     assert (str(crashes[0]), seen_at_crash) == ("the device is gone", [6])
     assert code_of(lambda: runner.submit(make_request("late"))) == "engine_stopped"
     assert backend.is_freed
     assert runner.drain(0)
     assert_well_formed(log.events)
+
+
+def test_a_sequence_that_was_getting_its_slot_when_the_engine_crashed_ends_too(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise MemoryError
+
+    runner = EngineRunner(FakeBackend(2, 64), sink=log)
+    monkeypatch.setattr(runner._engine, "_fill", full)  # it is out of `waiting`, and not in `running` yet
+    for name in ("a", "b"):
+        runner.submit(make_request(name))
+    runner.start()
+    log.wait_finished("a", "b")
+    assert {(last.reason, last.error) for last in log.finished.values()} == {(FinishReason.ERROR, "engine_crashed")}
+    assert_well_formed(log.events)
+    assert runner.drain(0)
+    runner.stop()
 
 
 def test_a_crash_without_anyone_to_tell_still_ends_the_requests(log: EventLog, start: Start) -> None:
@@ -278,7 +289,7 @@ def test_a_sink_that_raises_is_a_crash_and_every_request_still_finishes() -> Non
     runner.submit(make_request("b", max_tokens=50))
     runner.start()
     log.wait_finished("a", "b")
-    wait_until(lambda: bool(crashes))
+    wait_for(lambda: bool(crashes))
     assert isinstance(crashes[0], ConnectionError)
     runner.stop()
 
@@ -291,7 +302,7 @@ def test_a_sink_that_never_works_does_not_keep_the_backend_from_being_freed(capl
     runner = EngineRunner(backend, sink=sink)
     runner.start()
     runner.submit(make_request(max_tokens=50))
-    wait_until(lambda: backend.is_freed)
+    wait_for(lambda: backend.is_freed)
     runner.stop()
     assert "could not be closed cleanly" in caplog.text
 
@@ -314,7 +325,7 @@ def test_drain_gives_up_at_its_deadline_and_stop_ends_the_rest(log: EventLog, st
     began = time.monotonic()
     assert runner.drain(0.1) is False
     runner.stop()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20, "its answers would have taken minutes"
     assert {last.error for last in log.finished.values()} == {"worker_stopping"}
     assert len(log.finished) == 2
     assert_well_formed(log.events)
@@ -383,7 +394,7 @@ def test_an_engine_that_stops_answers_those_that_wait_for_a_slot(start: Any, log
     waiting.start()
     time.sleep(0.05)
     runner.stop()
-    waiting.join(5.0)
+    waiting.join(PATIENCE_SECONDS)
     assert errors == ["engine_stopped"]
 
 

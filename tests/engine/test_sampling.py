@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from inference.engine import EngineError, SamplingParams
-from inference.engine.sampling import NUM_SEEDS, SamplerStep, chain, check, memory_tokens, settle_seed
+from inference.engine.sampling import (
+    INFILL_CANDIDATES,
+    NUM_SEEDS,
+    SamplerStep,
+    chain,
+    check,
+    memory_tokens,
+    settle_seed,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -157,3 +165,15 @@ def test_what_the_native_samplers_would_not_survive_is_refused(fields: dict[str,
 def test_the_defaults_and_a_ban_are_accepted() -> None:
     check(SamplingParams(), n_vocab=100)
     check(SamplingParams(logit_bias=((1, -math.inf), (2, 5.0))), n_vocab=100)
+
+
+def test_infill_sees_few_candidates_and_once_whatever_comes_before_it() -> None:
+    bounded = [SamplerStep("top_k", (INFILL_CANDIDATES,)), SamplerStep("infill")]
+    assert list(steps(samplers=("infill",) * 3))[:-1] == bounded
+    found = list(steps(samplers=("top_k", "infill"), top_k=1_000_000))
+    assert found[:-1] == [SamplerStep("top_k", (1_000_000,)), *bounded]
+    assert [each.name for each in steps(samplers=("infill", "temperature"), temperature=0.0)] == [
+        "top_k",
+        "infill",
+        "greedy",
+    ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from inference.engine.costs import CostCurve
 from inference.engine.plan import Candidate, ScheduleView, Seat, Turn
-from inference.engine.scheduler import MIN_PREFILL_TOKENS, schedule
+from inference.engine.scheduler import MAX_PATIENCE_STEPS, MIN_PREFILL_TOKENS, PROMPTS_FIRST, schedule
 
 pytestmark = pytest.mark.unit
 
@@ -94,17 +94,29 @@ def test_a_lone_prompt_gets_the_whole_budget() -> None:
 
 def test_the_oldest_prompt_gets_half_and_the_shortest_the_rest() -> None:
     running = (prompt("old and long", 1000), prompt("long", 900), prompt("short", 30))
-    assert schedule(view(running=running)).num_tokens == {"old and long": 50, "short": 30, "long": 20}
+    plan = schedule(view(running=running, step_seconds=0.1 / PROMPTS_FIRST))
+    assert plan.num_tokens == {"old and long": 50, "short": 30, "long": 20}
 
 
 def test_what_the_others_leave_goes_back_to_the_oldest() -> None:
     running = (prompt("old", 1000), prompt("short", 10))
-    assert schedule(view(running=running)).num_tokens == {"old": 90, "short": 10}
+    plan = schedule(view(running=running, step_seconds=0.1 / PROMPTS_FIRST))
+    assert plan.num_tokens == {"old": 90, "short": 10}
 
 
 def test_equal_prompts_are_finished_in_order_of_arrival() -> None:
     running = tuple(prompt(name, 100) for name in "abc")
-    assert schedule(view(running=running)).num_tokens == {"a": 100}
+    assert schedule(view(running=running, step_seconds=0.1 / PROMPTS_FIRST)).num_tokens == {"a": 100}
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "num_prompts", "tokens"), [(0, 1, 100), (0, 2, 200), (1, 2, 200), (2, 2, 100), (4, 1, 100)]
+)
+def test_a_step_is_longer_while_most_sequences_wait_for_their_first_token(
+    num_decoding: int, num_prompts: int, tokens: int
+) -> None:
+    running = (*(decoding(f"d{i}") for i in range(num_decoding)), *(prompt(f"p{i}", 1000) for i in range(num_prompts)))
+    assert sum(schedule(view(running=running)).num_tokens.values()) == tokens
 
 
 def test_a_step_carries_one_adapter_vector_and_the_longest_waiting_one_is_next() -> None:
@@ -123,7 +135,7 @@ def test_sequences_of_one_adapter_vector_share_a_step() -> None:
 
 candidates = st.lists(
     st.builds(
-        Candidate,
+        lambda **fields: Candidate(**fields),  # of a named tuple, hypothesis would invent the fields left out
         request_id=st.uuids().map(str),
         num_pending=st.integers(1, 2000),
         is_decoding=st.booleans(),
@@ -163,4 +175,26 @@ def test_every_plan_keeps_the_rules(
         assert not candidate.is_decoding or num_tokens == candidate.num_pending
     prompt_tokens = sum(tokens for name, tokens in plan.num_tokens.items() if not known[name].is_decoding)
     if prompt_tokens > MIN_PREFILL_TOKENS:
-        assert given_view.cost.seconds(sum(plan.num_tokens.values())) <= seconds
+        assert given_view.cost.seconds(sum(plan.num_tokens.values())) <= seconds * PROMPTS_FIRST
+
+
+def test_whoever_is_patient_stands_back_while_somebody_waits_for_a_first_token() -> None:
+    running = (
+        decoding("batch", is_patient=True, last_step=9),
+        prompt("line", 50, is_patient=True, last_step=9),
+        decoding("d", last_step=9),
+        prompt("p", 20, arrived_step=10),
+    )
+    assert schedule(view(running=running, step=10)).num_tokens == {"d": 1, "p": 20}
+    assert schedule(view(running=running[:3], step=10)).num_tokens == {"batch": 1, "d": 1, "line": 50}
+
+
+def test_patience_ends() -> None:
+    running = (decoding("batch", is_patient=True, last_step=9), prompt("p", 20, arrived_step=10))
+    carried = [step for step in range(10, 60) if "batch" in schedule(view(running=running, step=step)).num_tokens]
+    assert carried == list(range(9 + MAX_PATIENCE_STEPS + 1, 60))
+
+
+def test_patient_sequences_alone_are_like_any_others() -> None:
+    running = (decoding("a", is_patient=True), prompt("b", 5, is_patient=True))
+    assert schedule(view(running=running)).num_tokens == {"a": 1, "b": 5}

@@ -50,6 +50,12 @@ def test_without_a_prefix_an_empty_slot_is_taken_then_the_one_used_longest_ago()
     assert seats(waiting(), free={0, 1, 2}, held=held, used=used) == (Seat("new", 1),)
 
 
+def test_of_the_slots_that_nobody_has_used_for_long_the_one_with_most_of_the_prompt_is_lost() -> None:
+    held, used = {0: 90, 1: 90, 2: 90, 3: 90}, {0: 9, 1: 3, 2: 5, 3: 8}
+    chosen = seats(waiting(prefixes={0: 12, 2: 11}), free={0, 1, 2, 3}, held=held, used=used)
+    assert chosen == (Seat("new", 2, 11),)
+
+
 def test_a_prompt_that_shares_a_beginning_does_not_destroy_a_conversation() -> None:
     held, used = {0: 900, 1: 10}, {0: 9, 1: 1}
     chosen = seats(waiting(prefixes={0: 300}), free={0, 1}, held=held, used=used)

@@ -76,11 +76,11 @@ def test_the_worst_text_is_looked_up_in_constant_time() -> None:
     lookup = PromptLookup()
     text = [1] * 20_000
     guess(text, lookup=lookup)
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(100):
         text.append(1)
         assert guess(text, lookup=lookup) == [1] * 4
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_vocabularies_must_be_the_same_but_for_padding() -> None:

@@ -13,6 +13,38 @@ from inference.engine.stop import TextAssembler
 pytestmark = pytest.mark.unit
 
 
+def indented(text: str, min_indent: int, stops: tuple[str, ...] = ()) -> set[tuple[str, str | None, bool]]:
+    """The text, the stop word, and whether a line ended it, over every way to split it."""
+    found = set()
+    for pieces in every_split(text.encode()):
+        assembler = TextAssembler(stops, min_indent)
+        said = "".join(assembler.feed(piece) for piece in pieces) + assembler.finish()
+        found.add((said, assembler.stop_word, assembler.is_outdented))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "min_indent", "expected"),
+    [
+        ("a\n  b\n c", 2, ("a\n  b\n ", None, True)),
+        ("a\n\t\tb\n  ", 2, ("a\n\t\tb\n  ", None, False)),
+        ("a\n\n  b", 2, ("a\n", None, True)),
+        ("ab", 4, ("ab", None, False)),
+        (" a\nb", 1, (" a\n", None, True)),
+        ("a\nb", 0, ("a\nb", None, False)),
+    ],
+)
+def test_a_line_that_is_not_indented_enough_ends_the_text_before_it(
+    text: str, min_indent: int, expected: tuple[str, str | None, bool]
+) -> None:
+    assert indented(text, min_indent) == {expected}
+
+
+def test_what_comes_first_ends_the_text_a_line_or_a_stop_string() -> None:
+    assert indented("a\nb.c", 1, ("c",)) == {("a\n", None, True)}
+    assert indented("a.c\nb", 1, (".c",)) == {("a", ".c", False)}
+
+
 def assemble(pieces: list[bytes], stops: tuple[str, ...]) -> tuple[str, str | None]:
     assembler = TextAssembler(stops)
     text = "".join(assembler.feed(piece) for piece in pieces) + assembler.finish()

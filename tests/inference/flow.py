@@ -12,18 +12,19 @@ from typing import Any
 
 import redis
 
-from accounts.limits import Limits
-from accounts.principals import Principal
-from inference import registry
-from inference.admission import Admitted, admit
+from accounts.identity.principals import Principal
+from accounts.limits.precedence import Limits
+from inference.catalog import registry
+from inference.catalog.served import Served
 from inference.engine.backend import Backend
 from inference.engine.fake_backend import FakeBackend
+from inference.intake.admission import Admitted, admit
 from inference.models import ServedModel
 from inference.orders import GenerateOrder
-from inference.registry import Served
-from inference.stream import stream_key
-from inference.ticket import Ticket
-from inference.worker import WorkerHost
+from inference.transport.stream import stream_key
+from inference.transport.ticket import Ticket
+from inference.worker.worker import WorkerHost
+from tests.timing import PATIENCE_SECONDS, wait_for
 
 POOL = "default"
 PROMPT = tuple(range(100, 110))
@@ -118,9 +119,9 @@ def worker(
         yield host
     finally:
         closing.set()
-        host.stop(0.0)
+        host.stop(0.0, 5.0)  # what it leaves would go on in the next test
         for bell in bells:
-            bell.join(5)
+            bell.join(PATIENCE_SECONDS)
 
 
 def events(client: redis.Redis, request_id: str) -> list[dict[str, Any]]:
@@ -130,16 +131,7 @@ def events(client: redis.Redis, request_id: str) -> list[dict[str, Any]]:
     return [orjson.loads(values[b"e"]) for _, values in client.xrange(stream_key(request_id))]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """The first true value of `condition`. Fails the test after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-    return value
-
-
-def finish(client: redis.Redis, request_id: str, seconds: float = 5.0) -> dict[str, Any]:
+def finish(client: redis.Redis, request_id: str, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
     """Wait for the last event of a request."""
 
     def last() -> dict[str, Any] | None:

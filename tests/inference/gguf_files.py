@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from inference.trial import Trial, TrialError
-from inference.trial_load import Unfit
-from inference.trial_template import facts
+from inference.gguf.header import read_header
+from inference.gguf.parts import name_of
+from inference.vetting.trial import Trial, TrialError
+from inference.vetting.trial_load import Unfit
+from inference.vetting.trial_template import facts
 
 STRING, ARRAY = 8, 9
 METADATA: dict[str, tuple[int, Any]] = {
@@ -167,3 +169,40 @@ class FailingTrial(Trial):
 
     def run_adapter(self, path: Path, base: Path) -> dict[str, Any]:
         raise TrialError("llama.cpp crashed on it (SIGSEGV)")
+
+
+def split(source: Path, folder: Path, count: int, stem: str = "tiny") -> Path:
+    """Writes a file in `count` parts, as llama.cpp's gguf-split does, and returns the first."""
+    header, data = read_header(source), source.read_bytes()
+    entries = list(_entries(data, header.metadata_end, header.num_tensors))
+    ends = [offset for _, offset in entries[1:]] + [len(data) - header.data_offset]
+    share = -(-len(entries) // count)
+    for number in range(count):
+        own = {
+            "split.no": (2, number),
+            "split.count": (2, count),
+            "split.tensors.count": (5, len(entries)),
+        }
+        pairs = b"".join(pair(key, *item) for key, item in own.items())
+        known = data[24 : header.metadata_end] if number == 0 else b""
+        infos, weights = b"", b""
+        for place in range(number * share, min(len(entries), (number + 1) * share)):
+            entry, offset = entries[place]
+            weights += bytes(-len(weights) % 32)
+            infos += entry + struct.pack("<Q", len(weights))
+            weights += data[header.data_offset + offset : header.data_offset + ends[place]]
+        num_tensors = max(0, min(len(entries), (number + 1) * share) - number * share)
+        num_pairs = 3 + (len(header.values) if number == 0 else 0)
+        head = struct.pack("<4sIQQ", b"GGUF", 3, num_tensors, num_pairs) + known + pairs + infos
+        (folder / name_of(stem, number + 1, count)).write_bytes(head + bytes(-len(head) % 32) + weights)
+    return folder / name_of(stem, 1, count)
+
+
+def _entries(data: bytes, position: int, count: int) -> Iterator[tuple[bytes, int]]:
+    """The tensor list: each entry without its offset, and that."""
+    for _ in range(count):
+        begin = position
+        position += 8 + struct.unpack_from("<Q", data, position)[0]
+        position += 4 + 8 * struct.unpack_from("<I", data, position)[0] + 4
+        yield data[begin:position], struct.unpack_from("<Q", data, position)[0]
+        position += 8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,26 +15,16 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import Plan, Tenant
-from inference import adapters, registry
+from inference.catalog import adapter_rows, granting, model_rows, registry
 from inference.models import Adapter, DefaultVector, ServedModel
-from inference.trial import Trial
+from inference.vetting.trial import Trial
 from tests.inference import gguf_files
-from tests.inference.gguf_files import FailingTrial, PassingTrial
+from tests.inference.gguf_files import FailingTrial
 
-pytestmark = [pytest.mark.integration, pytest.mark.django_db]
+pytestmark = [pytest.mark.integration, pytest.mark.django_db, pytest.mark.usefixtures("passing_trials")]
 COMMANDS = ("register_adapter", "grant_adapter", "revoke_adapter", "adapters")
 ADD = reverse("admin:inference_adapter_add")
 LIST = reverse("admin:inference_adapter_changelist")
-
-
-@pytest.fixture(autouse=True)
-def _passing_trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(Trial, "run", PassingTrial.run)
-    monkeypatch.setattr(Trial, "run_adapter", PassingTrial.run_adapter)
-    monkeypatch.setattr(Trial, "calls", 0, raising=False)
-    yield
-    registry.forget()
-    adapters.forget()
 
 
 @pytest.fixture
@@ -45,12 +35,12 @@ def tenants() -> dict[str, Tenant]:
 
 @pytest.fixture
 def base(tmp_path: Path, tenants: dict[str, Tenant]) -> ServedModel:
-    return registry.register(gguf_files.write(tmp_path), "tiny")
+    return model_rows.register(gguf_files.write(tmp_path), "tiny")
 
 
 @pytest.fixture
 def style(tmp_path: Path, base: ServedModel) -> Adapter:
-    return adapters.register(gguf_files.write_adapter(tmp_path), base, "style")
+    return adapter_rows.register(gguf_files.write_adapter(tmp_path), base, "style")
 
 
 def call(name: str, *arguments: str) -> str:
@@ -107,7 +97,7 @@ def test_register_adapter_takes_every_option(tmp_path: Path, base: ServedModel) 
     assert row["granted"] == {"Alice's": 0, "Bob's": 0}
     assert "for every tenant" in call("register_adapter", str(path), "--model", "tiny", "--shared")
     assert "It is shared" in call("revoke_adapter", "style", "Bob's")
-    adapters.set_enabled([Adapter.objects.get(name="mine").pk], False)
+    adapter_rows.set_enabled([Adapter.objects.get(name="mine").pk], False)
     assert "tiny:mine (off)" in call("adapters")
 
 
@@ -127,8 +117,8 @@ def test_what_cannot_be_done_has_a_code(
 
 
 def test_a_name_that_two_models_have_needs_the_model(tmp_path: Path, base: ServedModel, style: Adapter) -> None:
-    other = registry.register(gguf_files.write(tmp_path, "other.gguf"), "other")
-    adapters.register(style.path, other, "style")
+    other = model_rows.register(gguf_files.write(tmp_path, "other.gguf"), "other")
+    adapter_rows.register(style.path, other, "style")
     assert code_of_failure("grant_adapter", "style", "Alice's") == "adapter_ambiguous"
     assert call_json("grant_adapter", "other:style", "Alice's")["model"] == "other"
     assert "tiny:style" not in call("adapters", "--model", "other")
@@ -233,7 +223,7 @@ def test_a_change_does_not_check_the_file_again_unless_asked(
 def test_grants_are_added_and_taken_away_in_place(
     operator: Client, base: ServedModel, style: Adapter, tenants: dict[str, Tenant]
 ) -> None:
-    made = adapters.grant(style, tenants["Alice's"])
+    made = granting.grant(style, tenants["Alice's"])
     data = form(base, path=style.path)
     data |= {"grants-TOTAL_FORMS": 2, "grants-INITIAL_FORMS": 1, "grants-1-tenant": tenants["Bob's"].pk}
     data |= {
@@ -267,9 +257,9 @@ def test_one_adapter_is_deleted_on_its_page(operator: Client, style: Adapter) ->
 def test_what_tenants_have_set_is_shown_and_read_only(
     operator: Client, style: Adapter, tenants: dict[str, Tenant]
 ) -> None:
-    adapters.grant(style, tenants["Alice's"])
-    served = registry.resolve("tiny", type("Caller", (), {"tenant_id": 0})())
-    adapters.set_default_vector(tenants["Alice's"].pk, served, [("style", 0.5)])
+    granting.grant(style, tenants["Alice's"])
+    served = registry.resolve("tiny", SimpleNamespace(tenant_id=0, allowed_models=None, allowed_adapters=None))
+    granting.set_default_vector(tenants["Alice's"].pk, served, [("style", 0.5)])
     row = DefaultVector.objects.get()
     assert "style × 0.5" in text_of(operator.get(reverse("admin:inference_defaultvector_changelist")))
     url = reverse("admin:inference_defaultvector_change", args=[row.pk])

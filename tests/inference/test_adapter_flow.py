@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from accounts.refusals import Refusal
-from inference import adapter_shelf, adapters, doorbell, registry
-from inference.adapter_shelf import AdapterShelf
-from inference.adapters import AdapterFile
-from inference.admission import CachedAnswer, admit
+from accounts.trail.refusals import Refusal
+from inference.catalog import adapter_rows, granting, registry
+from inference.catalog.adapters import AdapterFile
 from inference.engine import EngineError, EngineRunner, FakeBackend
-from inference.models import Adapter, Receipt, ServedModel
+from inference.intake.admission import CachedAnswer, admit
+from inference.models import Receipt, ServedModel
+from inference.transport import doorbell
+from inference.worker import adapter_shelf
+from inference.worker.adapter_shelf import AdapterShelf
 from tests.engine.cast import EventLog, make_request
 from tests.inference.flow import (
     admitted,
@@ -43,24 +45,6 @@ def model() -> ServedModel:
     return register()
 
 
-@pytest.fixture
-def make(model: ServedModel, tmp_path: Path) -> Callable[..., Adapter]:
-    """An adapter whose file is good enough for a fake engine, granted to these customers."""
-
-    def make_adapter(name: str, *customers: Any, **options: Any) -> Adapter:
-        path = tmp_path / f"{name}.gguf"
-        path.write_text(name)
-        row = Adapter.objects.create(
-            name=name, base_model=model, path=str(path), digest=name.ljust(64, "0"), size_bytes=4, rank=8, **options
-        )
-        for customer in customers:
-            adapters.grant(row, customer.tenant)
-        adapters.changed()
-        return row
-
-    return make_adapter
-
-
 def refused(principal: Any, **changes: Any) -> Refusal:
     with pytest.raises(Refusal) as caught:
         admit(principal, order(**changes), request_id=new_id(), route="/v1/generate")
@@ -87,7 +71,7 @@ def test_a_ticket_carries_digests_and_scales_and_the_receipt_names(cast: Any, ma
 def test_a_request_that_says_nothing_has_the_tenants_default_and_an_empty_list_has_none(cast: Any, make: Any) -> None:
     poet = make("poet", cast.alice, cast.bob)
     alice, bob = principal_of(cast.alice), principal_of(cast.bob)
-    adapters.set_default_vector(alice, registry.resolve("small", alice), [("poet", 0.25)])
+    granting.set_default_vector(alice, registry.resolve("small", alice), [("poet", 0.25)])
     assert admitted(alice).ticket.adapters == ((poet.digest, 0.25),)
     assert admitted(alice, adapters=()).ticket.adapters == ()
     assert admitted(alice, adapters=(("poet", 0.0),)).ticket.adapters == ()
@@ -134,7 +118,7 @@ def test_a_worker_loads_what_is_registered_and_unloads_what_is_not(cast: Any, ma
         sent = admitted(alice, adapters=(("clerk", 1.0),)).ticket
         assert finish(valkey, sent.request_id)["error"] is None
         assert hosted.runner().adapters == {poet.digest, clerk.digest}
-        adapters.remove([poet.pk])
+        adapter_rows.remove([poet.pk])
         host.follow_registry()
         assert hosted.runner().adapters == {clerk.digest}
         assert hosted.report()["adapters"] == 1
@@ -143,7 +127,7 @@ def test_a_worker_loads_what_is_registered_and_unloads_what_is_not(cast: Any, ma
 def test_an_adapter_that_is_removed_before_its_turn_costs_nothing(cast: Any, make: Any, valkey: Any) -> None:
     poet, alice = make("poet", cast.alice), principal_of(cast.alice)
     sent = admitted(alice, adapters=(("poet", 1.0),)).ticket
-    adapters.remove([poet.pk])
+    adapter_rows.remove([poet.pk])
     with worker(valkey, threads=1, load=fake_load(supports_adapters=True)):
         assert finish(valkey, sent.request_id)["error"] == "adapter_not_loaded"
         wait_for(lambda: Receipt.objects.exists())
@@ -158,6 +142,46 @@ def test_a_broken_file_fails_its_requests_and_leaves_the_worker_alive(cast: Any,
         assert finish(valkey, sent.request_id)["error"] == "adapter_file_invalid"
         sent = admitted(alice).ticket
         assert finish(valkey, sent.request_id)["error"] is None
+
+
+def test_a_reader_of_adapters_that_breaks_ends_the_request_and_its_model_is_loaded_anew(
+    cast: Any, make: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("poet", cast.alice)
+    alice = principal_of(cast.alice)
+
+    class Breaking(FakeBackend):
+        def load_adapter(self, digest: str, path: object) -> None:
+            raise ValueError("a file that was cut while it was read")
+
+    def load(served: Any) -> FakeBackend:
+        return Breaking(served.n_slots, served.n_ctx, supports_adapters=True)
+
+    monkeypatch.setattr(adapter_shelf, "MAX_AHEAD", 0)
+    with worker(valkey, threads=1, load=load) as host:
+        sent = admitted(alice, adapters=(("poet", 0.5),)).ticket
+        last = finish(valkey, sent.request_id)
+        wait_for(lambda: not host._live)
+        assert (last["reason"], last["error"]) == ("error", "engine_crashed")
+        assert [model.num_busy for model in host._all_models()] == [0]
+        wait_for(lambda: not valkey.exists("settlements"))
+    assert Receipt.objects.get().status == "failed"
+
+
+def test_a_thread_that_looked_an_adapter_up_keeps_no_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(adapter_shelf, "connection", SimpleNamespace(close=lambda: closed.append(True)))
+    file = tmp_path / "poet.gguf"
+    file.write_bytes(b"poet")
+    shelf = AdapterShelf(lambda: [AdapterFile(id=1, name="poet", digest="poet", path=file, size_bytes=4, rank=8)])
+    runner = EngineRunner(FakeBackend(1, 64, supports_adapters=True), sink=EventLog())
+    runner.start()
+    for name in ("first", "second"):
+        shelf.submit(runner, make_request(name, adapters=(("poet", 1.0),)))
+    runner.stop()
+    assert closed == [True]  # the second found it loaded
 
 
 def test_the_adapter_used_longest_ago_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

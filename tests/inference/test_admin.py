@@ -17,13 +17,15 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from accounts import admin as accounts_admin
 from accounts.models import APIKey, Plan, Tenant
-from inference import admin as inference_admin
-from inference import queue, registry
-from inference.hosted import HostedModel, State
+from accounts.pages import long_lists
+from inference.admin.live_states import live_state, states_or_reason
+from inference.catalog import model_rows, registry
+from inference.catalog.served import snapshot
 from inference.models import Receipt, ServedModel
-from inference.trial import Trial
+from inference.transport import model_orders, queue
+from inference.vetting.trial import Trial
+from inference.worker.hosted import HostedModel, State
 from tests.inference import gguf_files
 from tests.inference.gguf_files import FailingTrial, PassingTrial
 
@@ -50,7 +52,7 @@ def operator(db: None, client: Client) -> Client:
 
 @pytest.fixture
 def model(tmp_path: Path) -> ServedModel:
-    return registry.register(gguf_files.write(tmp_path), "tiny", n_slots=4)
+    return model_rows.register(gguf_files.write(tmp_path), "tiny", n_slots=4)
 
 
 def change_page(row: ServedModel) -> str:
@@ -80,6 +82,7 @@ def form(**values: Any) -> dict[str, Any]:
         "load_mode": "eager",
         "keep_alive_seconds": "",
         "capabilities": "{}",
+        "embedding_pooling": "auto",
     }
     return {**fields, **values}
 
@@ -213,17 +216,19 @@ def test_grants_take_effect_at_once(operator: Client, model: ServedModel) -> Non
 
 
 class _Tenant:
+    allowed_models = allowed_adapters = None
+
     def __init__(self, tenant_id: int) -> None:
         self.tenant_id = tenant_id
 
 
 def act(operator: Client, action: str, *rows: ServedModel) -> str:
-    data = {"action": action, "_selected_action": [row.pk for row in rows]}
+    data = {"action": action, "_selected_action": [row.pk for row in rows], "previewed": "yes"}
     return text_of(operator.post(LIST, data, follow=True))
 
 
 def test_actions_choose_the_default_and_when_models_load(operator: Client, model: ServedModel, tmp_path: Path) -> None:
-    other = registry.register(gguf_files.write(tmp_path, "other.gguf"), "other")
+    other = model_rows.register(gguf_files.write(tmp_path, "other.gguf"), "other")
     assert "Choose exactly one model" in act(operator, "make_default", model, other)
     assert "other is the default model now" in act(operator, "make_default", other)
     assert ServedModel.objects.get(is_default=True) == other
@@ -232,8 +237,45 @@ def test_actions_choose_the_default_and_when_models_load(operator: Client, model
         assert set(ServedModel.objects.values_list("load_mode", flat=True)) == {mode}
 
 
+@pytest.mark.usefixtures("valkey")
+def test_before_several_models_are_switched_off_the_page_says_what_they_do(
+    operator: Client, model: ServedModel, tmp_path: Path
+) -> None:
+    other = model_rows.register(gguf_files.write(tmp_path, "other.gguf"), "other", n_slots=2)
+    report = {"id": model.pk, "state": "ready", "error": "", "slots": 4, "busy": 3}
+    queue.ticket_queue().beat("worker-1", model.pool, 4, {"models": [report]})
+    data = {"action": "switch_off", "_selected_action": [model.pk, other.pk]}
+    page = operator.post(LIST, data).content.decode()
+    assert "loaded on worker-1, 3 of 4 slots busy" in page and "no worker holds it" in page
+    assert not ServedModel.objects.filter(load_mode="off").exists()
+    operator.post(LIST, {**data, "previewed": "yes"})
+    assert ServedModel.objects.filter(load_mode="off").count() == 2
+
+
+def test_actions_load_unload_and_pin(operator: Client, model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "No worker of pool" in act(operator, "load_now", model)
+    assert f"{model.name} is not loaded." in act(operator, "unload_now", model)
+    sent: list[str] = []
+    monkeypatch.setattr(model_orders, "load", lambda served: sent.append(served.name) or len(sent) == 1)
+    monkeypatch.setattr(model_orders, "unload", lambda served: 1)
+    assert f"{model.name} is being loaded." in act(operator, "load_now", model)
+    assert f"{model.name} is loaded already." in act(operator, "load_now", model)
+    assert f"{model.name} is unloaded as soon as it is idle." in act(operator, "unload_now", model)
+    assert "1 changed: once loaded, they stay." in act(operator, "pin", model)
+    assert ServedModel.objects.get(pk=model.pk).is_pinned
+    assert "1 changed: they may be unloaded." in act(operator, "unpin", model)
+
+    def away(_: Any) -> Any:
+        raise redis.ConnectionError("refused")
+
+    monkeypatch.setattr(model_orders, "load", away)
+    monkeypatch.setattr(model_orders, "unload", away)
+    for action in ("load_now", "unload_now"):
+        assert "Redis does not answer: no worker can be told." in act(operator, action, model)
+
+
 def test_deleting_the_default_promotes_another(operator: Client, model: ServedModel, tmp_path: Path) -> None:
-    registry.register(gguf_files.write(tmp_path, "other.gguf"), "other")
+    model_rows.register(gguf_files.write(tmp_path, "other.gguf"), "other")
     url = reverse("admin:inference_servedmodel_delete", args=[model.pk])
     assert operator.post(url, {"post": "yes"}).status_code == 302
     assert ServedModel.objects.get().is_default
@@ -243,7 +285,7 @@ def test_deleting_the_default_promotes_another(operator: Client, model: ServedMo
 
 
 def heartbeat(model: ServedModel, **values: Any) -> None:
-    hosted = HostedModel(registry.snapshot(model), load=_never_loaded, sink=lambda _events: None)
+    hosted = HostedModel(snapshot(model), load=_never_loaded, sink=lambda _events: None)
     queue.ticket_queue().beat("worker-1", "default", 4, {"models": [{**hosted.report(), **values}]})
 
 
@@ -257,6 +299,12 @@ def _never_loaded(*_args: object, **_options: object) -> Any:
         ({"state": State.READY, "busy": 3}, "loaded, 3 of 4 slots busy", "loaded on worker-1, 3 of 4 slots busy"),
         ({"state": State.FAILED, "error": "out of memory"}, "failed", "failed on worker-1: out of memory"),
         ({}, "unloaded on worker-1", "unloaded on worker-1"),
+        (
+            {"state": State.LOADING, "progress": 0.4, "load_seconds": 3.2},
+            "loading",
+            "loading 40% on worker-1, some 3 s in all",
+        ),
+        ({"is_waiting": True}, "waiting for memory on worker-1", "waiting for memory on worker-1"),
     ],
 )
 @pytest.mark.usefixtures("valkey")
@@ -271,10 +319,10 @@ def test_the_state_in_the_workers_is_shown(
 @pytest.mark.usefixtures("valkey")
 def test_a_model_without_a_worker_says_so(operator: Client, model: ServedModel) -> None:
     assert "no worker holds it" in text_of(operator.get(LIST))
-    registry.set_load_mode([model.pk], "off")
-    states, reason = inference_admin.states_or_reason()
+    model_rows.set_load_mode([model.pk], "off")
+    states, reason = states_or_reason()
     model.refresh_from_db()
-    assert (inference_admin.live_state(model, states), reason) == ("off", None)
+    assert (live_state(model, states), reason) == ("off", None)
 
 
 def test_the_pages_open_while_redis_is_away(
@@ -333,7 +381,7 @@ def test_receipts_are_found_by_tenant(operator: Client) -> None:
 def test_a_longer_list_costs_no_more_queries_and_counts_no_further(
     operator: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accounts_admin, "MOST_COUNTED", 100)
+    monkeypatch.setattr(long_lists, "MOST_COUNTED", 100)
     costs = []
     for _ in range(2):
         make_receipts(120)
@@ -399,7 +447,7 @@ def test_the_page_of_a_model_shows_what_its_template_can_do(operator: Client, mo
     page = text_of(operator.get(change_page(model)))
     assert "cannot be used: It leaves out what was said" in page
     own = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools }}"
-    model.chat_template, model.chat_facts = own, registry.check_template(own)
+    model.chat_template, model.chat_facts = own, model_rows.check_template(own)
     model.save()
     page = text_of(operator.get(change_page(model)))
     assert "system messages, tools (SHA-256 " in page

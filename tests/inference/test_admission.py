@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import redis
 
-from accounts import quotas, throttling
+from accounts.ledger import quotas
+from accounts.limits import throttling
 from accounts.models import LedgerEntry, QuotaPeriod, Reservation
-from accounts.refusals import Refusal
-from inference import admission, doorbell, settlement
-from inference.admission import Admitted, CachedAnswer, admit
+from accounts.trail.refusals import Refusal
+from inference import settlement
+from inference.catalog.registry import forget
 from inference.chat.probing import examine
 from inference.chat.prompt import ChatPrompt, Message
-from inference.completion_cache import Completion, completion_cache
 from inference.engine.types import Decoding, SamplingParams
-from inference.grammars import Verdicts
+from inference.intake import admission, forms
+from inference.intake.admission import Admitted, CachedAnswer, admit
+from inference.intake.grammars import Verdicts
 from inference.models import Receipt, ServedModel
-from inference.queue import TicketQueue, ticket_queue
-from inference.registry import forget
-from inference.stream import end_claimed
+from inference.structured import JsonForm, fit, widest
 from inference.tokenizers import pool as tokenizers
+from inference.transport import doorbell
+from inference.transport.completion_cache import Completion, completion_cache
+from inference.transport.queue import TicketQueue, ticket_queue
+from inference.transport.stream import end_claimed
 from tests.inference.flow import PROMPT, admitted, new_id, order, principal_of, register
+from tests.round_trips import Trips
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db(transaction=True)]
 
@@ -261,7 +267,7 @@ def _database_away(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def away(_: Any) -> None:
         raise Refusal("service_unavailable", "away", retry_after=1)
 
-    monkeypatch.setattr(quotas, "reserve", away)
+    monkeypatch.setattr(quotas, "reserve_together", away)
     return {"tokens_per_minute": 1000}
 
 
@@ -303,6 +309,22 @@ def test_a_refusal_at_any_step_leaves_every_counter_as_it_was(
     assert isinstance(admitted(principal_of(alice)), Admitted)
 
 
+def test_a_ticket_that_a_worker_took_though_its_put_timed_out_is_cancelled(
+    alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any
+) -> None:
+    put = TicketQueue.put
+
+    def taken_and_lost(self: TicketQueue, ticket: Any, **options: Any) -> None:
+        put(self, ticket, **options)
+        assert self.take(ticket.pool, "w1", [ticket.model_id]) is not None
+        raise redis.TimeoutError("no reply")
+
+    monkeypatch.setattr(TicketQueue, "put", taken_and_lost)
+    assert refused(principal_of(alice)).code == "service_unavailable"
+    (why,) = ticket_queue().beat("w1", "default", 4, {}).cancels.values()
+    assert why == "llm_unavailable"
+
+
 def test_an_undo_that_fails_does_not_hide_the_refusal(alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TicketQueue, "put", _redis_away)
     monkeypatch.setattr(TicketQueue, "discard", _redis_away)
@@ -328,6 +350,47 @@ def test_what_is_left_of_the_quota_bounds_the_answer(alice: Any) -> None:
     answer = admitted(principal_of(alice, monthly_tokens=20))
     assert answer.clamped
     assert (answer.ticket.max_tokens, answer.ticket.clamped, answer.ticket.reserved_tokens) == (10, True, 20)
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "max_tokens"),
+    [
+        ({}, {"max_tokens": 40}, 40),
+        ({}, {"max_tokens": None}, 246),
+        ({"max_output": 50}, {"max_tokens": None}, 50),
+        ({"max_context": 100}, {"max_tokens": None}, 90),
+        ({"monthly_tokens": 45}, {"max_tokens": 200}, 35),
+    ],
+)
+def test_a_forced_answer_is_fitted_to_the_tokens_that_it_gets(
+    alice: Any, trials: Trials, limits: dict[str, int], changes: dict[str, Any], max_tokens: int
+) -> None:
+    """Asked, left in the context, allowed by the plan, left of the quota."""
+    form = JsonForm(b'{"type": "array", "items": {"type": "string"}}')
+    sampling = SamplingParams(grammar=widest(form).grammar)
+    sent = admitted(principal_of(alice, **limits), form=form, sampling=sampling, **changes).ticket
+    assert sent.max_tokens == max_tokens
+    assert sent.sampling.grammar == fit(form, max_tokens - 1).grammar
+    assert fit(form, max_tokens - 1).num_bytes < max_tokens
+
+
+def test_a_forced_answer_that_cannot_fit_holds_nothing(
+    alice: Any, trials: Trials, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where the request says so, nor where the quota does, which is known last."""
+
+    class Letters:
+        def encode(self, model: Any, text: str, *, add_special: bool) -> tuple[int, ...]:
+            return tuple(range(len(text)))
+
+    monkeypatch.setattr(forms.pool, "tokenizer_pool", Letters)
+    form = JsonForm(b'{"const": "a text of thirty-two characters"}')
+    before = everything(valkey)
+    assert refused(principal_of(alice), form=form, max_tokens=20).extra["needed_tokens"] == 34
+    assert refused(principal_of(alice, monthly_tokens=30), form=form, max_tokens=60).extra["max_tokens"] == 20
+    periods, _, *held = everything(valkey)
+    assert set(periods) == {(0, 0, 0, 0)}
+    assert held == list(before[2:])
 
 
 def test_all_or_nothing_is_refused_instead(alice: Any) -> None:
@@ -414,7 +477,10 @@ def test_an_identical_request_is_answered_from_the_cache_and_costs_one_request(a
     _keep(principal)
     bell.clear()
     request_id = new_id()
-    answer = admit(principal, order(use_cache=True), request_id=request_id, route="/v1/generate", parent_id="p")
+    prepared = admission.prepare(principal, order(use_cache=True))
+    answer = admission.take(
+        principal, prepared, request_id=request_id, route="/v1/generate", created_at=time.time(), parent_id="p"
+    )
     assert isinstance(answer, CachedAnswer)
     assert answer.completion == KEPT
     assert bell == []
@@ -453,19 +519,14 @@ def test_a_cached_answer_needs_a_request_of_the_quota(alice: Any) -> None:
     assert Receipt.objects.count() == 0
 
 
-def test_round_trips_to_redis_are_few_and_constant(alice: Any, valkey: Any) -> None:
+def test_round_trips_to_redis_are_few_and_constant(alice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     principal = principal_of(alice)
     admitted(principal)
-
-    def commands() -> int:
-        stats = valkey.info("commandstats")
-        return sum(int(stats[name]["calls"]) for name in stats if name in {"cmdstat_evalsha", "cmdstat_script|load"})
-
-    counts = []
+    trips, counts = Trips(monkeypatch, of="EVALSHA"), []
     for _ in range(3):
-        before = commands()
+        before = trips.number
         admitted(principal)
-        counts.append(commands() - before)
+        counts.append(trips.number - before)
     assert counts == [2, 2, 2]  # enter, put; the doorbell is Celery's
 
 

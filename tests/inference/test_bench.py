@@ -30,7 +30,6 @@ from inference.bench import (
     environments,
     footprint,
     gateway,
-    machine,
     page,
     peer,
     report,
@@ -44,6 +43,7 @@ from inference.bench.load import NUMBER, LoadFailed, LoadJob, _Load, run_load
 from inference.bench.upstream import _Upstream, render_answers, split_text
 from inference.bench.wire import Connection, render_request
 from inference.management.commands.bench import between, clients_list
+from inference.tuning import machine
 
 pytestmark = pytest.mark.unit
 
@@ -135,7 +135,7 @@ def test_a_stream_has_a_first_token_before_its_end(upstream_port: int) -> None:
 def test_an_answer_without_what_was_expected_is_an_error(upstream_port: int) -> None:
     result = run_load(job(upstream_port, expect='"cached":true'))
     assert result.latencies == []
-    assert result.num_errors >= 50
+    assert result.num_errors > 5
     assert len(result.errors) == 5
     assert "lacks" in result.errors[0]
 
@@ -688,6 +688,7 @@ def test_a_busy_machine_is_said_to_be_busy() -> None:
 @pytest.mark.timeout(170)
 def test_the_command_measures_a_real_installation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything but LiteLLM, for moments: figures are not judged, only that they are all there and without errors."""
+    before = {cost.pid for cost in footprint.costs(os.getpid())}
     call_command("bench", "--no-peer", "--rounds=1", "--seconds=0.4", "--clients=1,4", f"--out={tmp_path}", "--json")
     printed = json.loads(capsys.readouterr().out)
     points = {(point["arm"], point["clients"]): point for point in printed["samples"]["points"]}
@@ -702,7 +703,8 @@ def test_the_command_measures_a_real_installation(tmp_path: Path, capsys: pytest
     assert points["llmsite", 1]["work"]["redis_round_trips"] > 0
     assert {"web", "worker", "valkey"} <= points["llmsite", 4]["cpu_seconds"].keys()
     assert {path.name for path in tmp_path.iterdir()} == {"gateway.json", "gateway.md", "gateway.svg"}
-    assert not {"web", "worker", "supervisor"} & {cost.name for cost in footprint.costs(os.getpid())}
+    left = [cost.name for cost in footprint.costs(os.getpid()) if cost.pid not in before]
+    assert not {"web", "worker", "supervisor"} & set(left)
 
 
 @pytest.mark.integration

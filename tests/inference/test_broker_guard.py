@@ -10,7 +10,7 @@ import redis
 from celery.worker.consumer import Consumer
 from kombu.transport import redis as transport
 
-from inference.broker_guard import GuardedChannel, GuardedConsumer
+from inference.transport.broker_guard import GuardedChannel, GuardedConsumer
 
 pytestmark = pytest.mark.unit
 

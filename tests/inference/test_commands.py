@@ -13,15 +13,15 @@ from django.core.management import CommandError, call_command, load_command_clas
 from rich.console import Console
 
 from accounts.models import Plan, Tenant
-from inference import registry
+from inference.catalog import registry
 from inference.management.listing import hashing
 from inference.models import ServedModel
-from inference.trial import Trial
+from inference.vetting.trial import Trial
 from tests.inference import gguf_files
 from tests.inference.gguf_files import PassingTrial
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db]
-COMMANDS = ("register_model", "sync_models", "models")
+COMMANDS = ("register_model", "sync_models", "models", "load_model", "unload_model", "pin_model")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,9 @@ def test_help_has_examples_that_the_command_understands(name: str) -> None:
 def test_register_model_serves_a_file_under_its_stem(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, "small.gguf")
     text = call("register_model", str(path), "--n-slots", "2")
-    assert text.startswith("small: F16, 384 parameters, 2 slots of 2048 tokens, about 1 MB in the worker, the default.")
+    assert text.startswith(
+        "small: F16, 384 parameters, 2 slots of 2048 tokens, about 269 MB in the worker, the default."
+    )
     assert ServedModel.objects.get().name == "small"
 
 
@@ -173,3 +175,13 @@ def test_register_model_takes_a_chat_template_from_a_file(tmp_path: Path) -> Non
     template.write_text("{{ messages")
     broken = fail_json("register_model", str(path), "--chat-template", str(template))
     assert (broken["code"], list(broken["fields"])) == ("chat_template_invalid", ["chat_template"])
+
+
+def test_a_model_is_loaded_and_pinned_by_name_or_the_command_says_why_not(tmp_path: Path, valkey: Any) -> None:
+    call("register_model", str(gguf_files.write(tmp_path)), "--name", "chat", "--alias", "a")
+    assert fail_json("load_model", "none")["code"] == "model_not_found"
+    assert fail_json("load_model", "a")["code"] == "llm_unavailable"
+    assert call("unload_model", "a") == "chat is not loaded.\n"
+    assert call("pin_model", "a") == "chat stays in memory once it is loaded.\n"
+    assert ServedModel.objects.get().is_pinned
+    assert call_json("pin_model", "chat", "--off") == {"model": "chat", "pinned": False, "changed": True}

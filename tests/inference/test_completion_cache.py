@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import redis
 
-from inference import completion_cache
-from inference.completion_cache import Completion, CompletionCache
+from inference.chat.thinking import THINK, Opening
 from inference.engine.types import Decoding, SamplingParams
+from inference.transport import completion_cache
+from inference.transport.completion_cache import Completion, CompletionCache
 
 KEPT = Completion(output="text", finish_reason="eos", stop_word=None, prompt_tokens=3, completion_tokens=2)
 FACTS: dict[str, Any] = {
@@ -21,6 +22,8 @@ FACTS: dict[str, Any] = {
     "prompt": "hello",
     "max_tokens": 16,
     "sampling": SamplingParams(),
+    "opening": None,
+    "max_thought": None,
     "decoding": Decoding(),
     "stop": (),
     "n_ctx": 256,
@@ -52,6 +55,20 @@ def test_the_same_request_has_the_same_key() -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_fact_that_the_answer_depends_on_is_part_of_the_key(name: str) -> None:
     assert key(**{name: CHANGES[name]}) != key()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("decoding", [Decoding(min_indent=4), Decoding(max_decode_seconds=0.5)])
+def test_what_ends_an_answer_early_is_part_of_the_key(decoding: Decoding) -> None:
+    assert key(decoding=decoding) != key()
+
+
+@pytest.mark.unit
+def test_how_long_an_answer_may_think_is_part_of_the_key() -> None:
+    """Where it may think at all."""
+    opening = Opening(THINK, has_begun=False, may_begin=True)
+    assert len({key(opening=opening, max_thought=number) for number in (None, 0, 8)}) == 3
+    assert key(max_thought=8) == key(opening=opening) == key()
 
 
 @pytest.mark.unit

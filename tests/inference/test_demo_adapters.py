@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from inference.demo_adapters import lessons, train_lora
-from inference.gguf import read_header
+from inference.gguf.header import read_header
 
 pytestmark = pytest.mark.unit
 FOLDER = Path(train_lora.__file__).parent

@@ -14,17 +14,23 @@ from django.db.models.deletion import ProtectedError
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
-from inference import hosted, models_yaml, registry
 from inference.api.native.schemas import GenerateBody
+from inference.catalog import model_rows, registry
+from inference.catalog.model_memory import estimate_memory, memory_of
+from inference.catalog.served import snapshot
 from inference.engine.backend import Abilities
 from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.engine import Engine
 from inference.engine.fake_backend import FakeBackend
 from inference.engine.speculative import PromptLookup
 from inference.engine.types import Decoding, EngineError, Speculation
-from inference.inspection import RegistrationError, vocabulary_path
 from inference.models import ServedModel
-from inference.worker_metrics import EngineMetrics
+from inference.site_file import models_yaml
+from inference.site_file.models_form import ModelsYamlError
+from inference.transport.queue import Pulse
+from inference.vetting.inspection import RegistrationError, vocabulary_path
+from inference.worker import hosted
+from inference.worker.worker_metrics import EngineMetrics
 from tests.inference import gguf_files
 from tests.inference.gguf_files import PassingTrial
 
@@ -46,7 +52,7 @@ def file(folder: Path, name: str, changes: dict[str, Any] | None = None) -> Path
 
 
 def register(folder: Path, name: str, changes: dict[str, Any] | None = None, **options: Any) -> ServedModel:
-    return registry.register(file(folder, name, changes), name, trial=PassingTrial(), **options)
+    return model_rows.register(file(folder, name, changes), name, trial=PassingTrial(), **options)
 
 
 # Registering
@@ -69,9 +75,9 @@ def test_a_model_of_the_same_vocabulary_may_guess(tmp_path: Path) -> None:
 
 def test_its_memory_is_that_of_both(tmp_path: Path) -> None:
     small = register(tmp_path, "small")
-    alone = registry.memory_of(register(tmp_path, "large", n_ctx=512, n_slots=2))
-    both = registry.memory_of(register(tmp_path, "large", draft_kind="model", draft_model="small"))
-    draft = registry.estimate_memory(small.metadata, n_ctx=512, n_slots=2, kv_type="f16")
+    alone = memory_of(register(tmp_path, "large", n_ctx=512, n_slots=2))
+    both = memory_of(register(tmp_path, "large", draft_kind="model", draft_model="small"))
+    draft = estimate_memory(small.metadata, n_ctx=512, n_slots=2, kv_type="f16")
     assert both.total_bytes == alone.total_bytes + draft.total_bytes
 
 
@@ -145,7 +151,7 @@ def test_a_model_that_guesses_for_another_cannot_be_deleted(tmp_path: Path) -> N
     small = register(tmp_path, "small")
     register(tmp_path, "large", draft_kind="model", draft_model="small")
     with pytest.raises(ProtectedError):
-        registry.remove([small.pk])
+        model_rows.remove([small.pk])
 
 
 def test_models_yaml_names_who_guesses_in_any_order(tmp_path: Path) -> None:
@@ -170,7 +176,7 @@ def test_models_yaml_names_who_guesses_in_any_order(tmp_path: Path) -> None:
     assert outcome.changes[0].details["draft_model"] == "'small' → None"
     assert ServedModel.objects.get(name="large").draft_kind == "none"
     place.write_text("models: [{id: large, draft_kind: model, draft_model: nobody}]")
-    with pytest.raises(models_yaml.ModelsYamlError, match=r"models.0.draft_model: There is no model 'nobody'"):
+    with pytest.raises(ModelsYamlError, match=r"models.0.draft_model: There is no model 'nobody'"):
         models_yaml.sync(place, trial=PassingTrial())
 
 
@@ -184,11 +190,11 @@ def fake_engine(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_guesses_is_what_the_registry_says(tmp_path: Path, fake_engine: None) -> None:
     row = register(tmp_path, "large")
-    plain = registry.snapshot(row)
+    plain = snapshot(row)
     backend = hosted.load_backend(plain)
     assert hosted.load_proposer(plain, backend) is None
     row = register(tmp_path, "large", draft_kind="prompt_lookup", draft_n_min=2, draft_n_max=5, draft_policy="always")
-    drafting = registry.snapshot(row)
+    drafting = snapshot(row)
     assert isinstance(hosted.load_proposer(drafting, backend), PromptLookup)
     assert hosted.draft_settings(drafting) == DraftSettings(num_min=2, num_max=5, policy=DraftPolicy.ALWAYS)
     assert hosted.fingerprint(drafting) != hosted.fingerprint(plain)
@@ -199,9 +205,9 @@ def test_who_guesses_is_what_the_registry_says(tmp_path: Path, fake_engine: None
 def test_another_file_that_guesses_is_another_model(tmp_path: Path) -> None:
     register(tmp_path, "small")
     row = register(tmp_path, "large", draft_kind="model", draft_model="small")
-    before = hosted.fingerprint(registry.snapshot(row))
+    before = hosted.fingerprint(snapshot(row))
     register(tmp_path, "small", {"llama.block_count": (4, 1)})
-    assert hosted.fingerprint(registry.snapshot(ServedModel.objects.get(name="large"))) != before
+    assert hosted.fingerprint(snapshot(ServedModel.objects.get(name="large"))) != before
 
 
 def test_a_draft_model_that_cannot_be_loaded_fails_the_model_and_frees_it(
@@ -216,12 +222,30 @@ def test_a_draft_model_that_cannot_be_loaded_fails_the_model_and_frees_it(
     def refuse(served: Any, backend: Any) -> None:
         raise EngineError("draft_model_unfit", "its vocabulary is another one")
 
-    served = registry.snapshot(register(tmp_path, "large"))
+    served = snapshot(register(tmp_path, "large"))
     monkeypatch.setattr(hosted, "load_proposer", refuse)
     model = hosted.HostedModel(served, load=lambda _served: Freed(1, 64), sink=lambda _events: None)
     with pytest.raises(EngineError, match="its vocabulary is another one"):
         model.load()
     assert model.state is hosted.State.FAILED
+    assert len(freed) == 1
+
+
+def test_a_model_whose_kept_states_cannot_be_taken_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed = []
+
+    class Freed(FakeBackend):
+        def free(self) -> None:
+            freed.append(self)
+
+    def broken(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    served = snapshot(register(tmp_path, "large"))
+    monkeypatch.setattr(hosted.SlotFiles, "take_kept", broken)
+    model = hosted.HostedModel(served, load=lambda _served: Freed(1, 64), sink=lambda _events: None)
+    with pytest.raises(EngineError, match="the disk is gone"):
+        model.load()
     assert len(freed) == 1
 
 
@@ -234,7 +258,7 @@ def test_guesses_are_counted_under_both_families_of_names() -> None:
     seen = EngineMetrics()
     for _ in range(2):
         engine._counters.count_draft(3, 2)
-        seen.update("default", 0, [model])
+        seen.update("default", Pulse({}, frozenset(), 0), [model])
     assert count("llm_engine_drafts_total") == count("llamacpp:spec_decode_num_drafts_total") == 2
     assert count("llm_engine_drafted_tokens_total") == count("llamacpp:spec_decode_num_draft_tokens_total") == 6
     assert count("llm_engine_accepted_tokens_total") == count("llamacpp:spec_decode_num_accepted_tokens_total") == 4

@@ -13,14 +13,26 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 REGISTRY_SOURCES = (
-    "gguf.py",
-    "inspection.py",
-    "registry.py",
-    "models_yaml.py",
-    "adapter_file.py",
-    "adapters.py",
+    "gguf/header.py",
+    "vetting/inspection.py",
+    "catalog/model_rows.py",
+    "site_file/models_form.py",
+    "site_file/models_yaml.py",
+    "vetting/adapter_file.py",
+    "catalog/adapter_rows.py",
+    "catalog/granting.py",
+    "catalog/aliases.py",
     "management/naming.py",
+    "management/commands/alias.py",
     "management/commands/register_model.py",
+    "imports/addresses.py",
+    "imports/checking.py",
+    "imports/connections.py",
+    "imports/desk.py",
+    "imports/fetching.py",
+    "imports/importer.py",
+    "imports/quarantine.py",
+    "imports/tokens.py",
 )
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference import gguf
-from inference.gguf import GGUFError, read_header, write_vocabulary_only
+from inference.gguf import header as gguf
+from inference.gguf.header import GGUFError, read_header, write_vocabulary_only
 from tests.inference import gguf_files
 from tests.inference.gguf_files import ARRAY, STRING, build
 
@@ -268,6 +268,6 @@ def test_the_longest_lists_that_are_allowed_are_walked_in_time(tmp_path: Path) -
     strings = struct.pack("<IIQ", 9, 8, count) + (struct.pack("<Q", 2) + b"ab") * count
     path = tmp_path / "long.gguf"
     path.write_bytes(raw_pair(strings))
-    began = time.perf_counter()
+    began = time.thread_time()
     assert outcome(path) == "gguf_malformed"  # it names no architecture, once all of it was walked
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2

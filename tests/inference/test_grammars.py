@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from accounts.refusals import Refusal
-from inference import grammars
-from inference.grammars import BAD_SECONDS, Verdicts, grammar_from
+from accounts.trail.refusals import Refusal
+from inference.intake import grammars
+from inference.intake.grammars import BAD_SECONDS, Verdicts, form_from, grammar_from
+from inference.structured import JsonForm
 from inference.tokenizers.pool import TokenizerPool
 
 pytestmark = pytest.mark.unit
@@ -105,17 +106,11 @@ def test_a_schema_that_json_cannot_hold_is_refused() -> None:
     assert refused(schema={"const": {1, 2}}).code == "invalid_schema"
 
 
-def test_a_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[dict[str, Any]] = []
-
-    def compile_schema(schema: dict[str, Any]) -> str:
-        compiled.append(schema)
-        return LETTERS
-
-    monkeypatch.setattr(grammars, "to_grammar", compile_schema)
-    schema = {"const": "compiled once"}
-    assert [grammar_from(None, schema) for _ in range(3)] == [LETTERS] * 3
-    assert compiled == [schema]
+def test_the_form_of_a_schema_is_its_text_in_order() -> None:
+    assert form_from({"type": "object", "properties": {"b": {}, "a": {}}}) == JsonForm(
+        b'{"type":"object","properties":{"b":{},"a":{}}}'
+    )
+    assert form_from(None) is None
 
 
 # What is remembered

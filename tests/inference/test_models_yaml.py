@@ -11,10 +11,12 @@ import pytest
 from django.conf import settings
 
 from accounts.models import Plan, Tenant
-from inference import models_yaml, registry
+from inference.catalog import registry
 from inference.models import Adapter, ServedModel
-from inference.models_yaml import ModelsYamlError, Outcome
-from inference.models_yaml_adapters import AdapterEntry
+from inference.site_file import models_yaml
+from inference.site_file.adapters_yaml import AdapterEntry
+from inference.site_file.models_form import MAX_FILE_BYTES, Entry, File, ModelsYamlError, place_of_file
+from inference.site_file.models_yaml import Outcome
 from tests.inference import gguf_files
 from tests.inference.gguf_files import FailingTrial, PassingTrial
 
@@ -283,7 +285,7 @@ def test_a_file_that_is_missing_too_large_or_no_text_is_said(folder: Path) -> No
     with pytest.raises(ModelsYamlError) as caught:
         models_yaml.sync(folder / "none.yaml")
     assert caught.value.code == "models_yaml_missing"
-    for data in (b"#" * (models_yaml.MAX_FILE_BYTES + 1), b"\xff\xfe\x00"):
+    for data in (b"#" * (MAX_FILE_BYTES + 1), b"\xff\xfe\x00"):
         path = folder / "models.yaml"
         path.write_bytes(data)
         with pytest.raises(ModelsYamlError) as caught:
@@ -295,11 +297,11 @@ def test_the_environment_names_the_file_before_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert models_yaml.place_of_file() == tmp_path / "config" / "models.yaml"
-    assert models_yaml.place_of_file("my.yaml") == tmp_path / "my.yaml"
+    assert place_of_file() == tmp_path / "config" / "models.yaml"
+    assert place_of_file("my.yaml") == tmp_path / "my.yaml"
     configured = settings.CONFIG.model_copy(update={"models_yaml": Path("from-env.yaml")})
     monkeypatch.setattr(settings, "CONFIG", configured)
-    assert models_yaml.place_of_file("my.yaml") == tmp_path / "from-env.yaml"
+    assert place_of_file("my.yaml") == tmp_path / "from-env.yaml"
 
 
 def test_the_example_in_the_documentation_is_valid(tmp_path: Path) -> None:
@@ -403,7 +405,7 @@ def test_an_adapter_that_fails_its_trial_is_a_problem_of_its_path(
 
 def test_every_key_of_the_file_is_in_the_documentation() -> None:
     text = (DOCS / "registry.md").read_text(encoding="utf-8")
-    names = {*models_yaml.Entry.model_fields, *models_yaml.File.model_fields, *AdapterEntry.model_fields}
+    names = {*Entry.model_fields, *File.model_fields, *AdapterEntry.model_fields}
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from inference.queue import TicketQueue, ticket_key
-from inference.stream import end_claimed, stream_key
+from inference.transport.queue import QueueFull, QueueLengths, TicketQueue, ticket_key
+from inference.transport.stream import end_claimed, stream_key
+from inference.transport.ticket import Ticket
 from tests.inference.flow import PROMPT, new_id, ticket, wait_for
 
 pytestmark = pytest.mark.integration
@@ -23,7 +24,7 @@ def queue(valkey: Any) -> TicketQueue:
 
 def test_a_ticket_is_taken_with_its_prompt_and_once_only(queue: TicketQueue) -> None:
     sent = ticket()
-    assert queue.put(sent)
+    queue.put(sent)
     lease = queue.take("default", "w1", [1])
     assert lease is not None
     assert lease.ticket == sent
@@ -41,8 +42,8 @@ def test_the_prompt_leaves_redis_when_the_ticket_is_taken(queue: TicketQueue, va
 
 def test_putting_twice_queues_once(queue: TicketQueue) -> None:
     sent = ticket()
-    assert queue.put(sent)
-    assert queue.put(sent)
+    queue.put(sent)
+    queue.put(sent)
     assert queue.num_waiting("default") == 1
 
 
@@ -103,30 +104,64 @@ def test_tokens_rise_with_every_change_of_hands(queue: TicketQueue, valkey: Any)
 # A full queue
 
 
+def full_for(queue: TicketQueue, sent: Ticket, tenant: int | None, key: int | None = None) -> str:
+    """Whose queue has no room for it; empty where it was queued."""
+    try:
+        queue.put(sent, lengths=QueueLengths(tenant, key))
+    except QueueFull as full:
+        return full.whose
+    return ""
+
+
+def test_a_keys_own_queue_counts_what_that_key_has_waiting(queue: TicketQueue) -> None:
+    for _ in range(2):
+        assert full_for(queue, ticket(key_id=2, quota_key_id=2), None) == ""
+    first = ticket(key_id=1, quota_key_id=1)
+    assert full_for(queue, first, 10, 2) == ""
+    assert full_for(queue, ticket(key_id=3, quota_key_id=1), 10, 2) == ""
+    assert full_for(queue, ticket(key_id=1, quota_key_id=1), 10, 2) == "key"
+    assert queue.crowd("default", 1, 1, 1, QueueLengths(10, 2)).full == "key"
+    assert full_for(queue, ticket(key_id=2, quota_key_id=2), 4, 9) == "tenant"
+    queue.discard(first.request_id)
+    assert full_for(queue, ticket(key_id=1, quota_key_id=1), 10, 2) == ""
+
+
+def test_tickets_that_ran_out_while_the_site_stood_still_fill_no_queue(queue: TicketQueue, valkey: Any) -> None:
+    for each in (ticket(), ticket()):
+        assert full_for(queue, each, 2, 2) == ""
+        valkey.delete(ticket_key(each.request_id))
+    assert queue.crowd("default", 1, 1, 1, QueueLengths(2, 2)).full == ""
+    assert valkey.smembers("queued:1") == valkey.smembers("queued:key:1") == set()
+    for _ in range(2):
+        assert full_for(queue, ticket(), 2, 2) == ""
+    valkey.delete("counted:queued:1")
+    assert full_for(queue, ticket(), 2, 2) == "tenant"
+
+
 def test_a_tenant_may_wait_with_as_many_as_its_limit(queue: TicketQueue) -> None:
-    assert queue.put(ticket(), queue_length=2)
-    assert queue.put(ticket(), queue_length=2)
-    assert not queue.put(ticket(), queue_length=2)
-    assert queue.put(ticket(tenant_id=2), queue_length=2)
+    queue.put(ticket(), lengths=QueueLengths(2))
+    queue.put(ticket(), lengths=QueueLengths(2))
+    assert full_for(queue, ticket(), 2)
+    queue.put(ticket(tenant_id=2), lengths=QueueLengths(2))
 
 
 def test_a_refused_ticket_leaves_no_trace(queue: TicketQueue, valkey: Any) -> None:
     refused = ticket()
-    assert not queue.put(refused, queue_length=0)
+    assert full_for(queue, refused, 0)
     assert valkey.keys("*") == []
 
 
 def test_while_a_slot_is_free_nothing_waits_and_the_limit_does_not_bind(queue: TicketQueue) -> None:
     queue.beat("w1", "default", 2, {})
-    assert queue.put(ticket(), queue_length=0)
-    assert queue.put(ticket(), queue_length=0)
-    assert not queue.put(ticket(), queue_length=0)
+    queue.put(ticket(), lengths=QueueLengths(0))
+    queue.put(ticket(), lengths=QueueLengths(0))
+    assert full_for(queue, ticket(), 0)
 
 
 def test_slots_of_a_dead_worker_are_not_free(queue: TicketQueue) -> None:
     queue.beat("w1", "default", 2, {}, ttl_seconds=0.01)
     time.sleep(0.05)
-    assert not queue.put(ticket(), queue_length=0)
+    assert full_for(queue, ticket(), 0)
 
 
 # Cancel
@@ -163,8 +198,8 @@ def test_a_running_request_is_cancelled_through_its_worker(queue: TicketQueue, v
         pubsub.get_message(timeout=1)
         assert queue.cancel(sent.request_id) == ("running", None)
         message = wait_for(lambda: pubsub.get_message(timeout=1))
-    assert message["data"].decode() == sent.request_id
-    assert queue.beat("w1", "default", 4, {}).cancels == {sent.request_id}
+    assert message["data"].decode() == f"{sent.request_id} cancelled"
+    assert queue.beat("w1", "default", 4, {}).cancels == {sent.request_id: "cancelled"}
 
 
 def test_an_unknown_request_cannot_be_cancelled(queue: TicketQueue) -> None:
@@ -211,7 +246,9 @@ def test_a_discarded_ticket_was_never_there(queue: TicketQueue, valkey: Any) -> 
     queue.put(sent)
     assert queue.discard(sent.request_id)
     assert not queue.discard(sent.request_id)
-    assert valkey.keys("*") == [b"pools"]
+    left = set(valkey.keys("*")) - {b"pools"}
+    assert left == {b"had:default", b"share:1"}
+    assert all(valkey.ttl(key) > 0 for key in left)
 
 
 def test_a_ticket_that_was_taken_cannot_be_discarded(queue: TicketQueue) -> None:
@@ -268,12 +305,21 @@ def test_two_sweepers_never_claim_the_same(queue: TicketQueue) -> None:
     assert len(claimed) == len(set(claimed)) == 100
 
 
-def test_heartbeats_that_cannot_be_trusted_condemn_nobody(queue: TicketQueue) -> None:
+@pytest.mark.parametrize("who", ["worker", "web", "sweep"])
+def test_heartbeats_mean_nothing_for_a_while_whoever_is_heard_first(queue: TicketQueue, valkey: Any, who: str) -> None:
     queue.put(ticket())
-    queue.take("default", "w1", [1])
     queue.beat("w1", "default", 4, {}, ttl_seconds=0.01)
+    queue.take("default", "w1", [1])
+    valkey.set("heard", time.time() - 1.1)
+    if who == "worker":
+        queue.beat("w2", "default", 4, {})
+    elif who == "web":
+        queue.beat_web("one")
+    assert valkey.exists("doubted") == (who != "sweep")
     time.sleep(0.05)
-    assert queue.sweep(trust_heartbeats=False).claims == ()
+    assert queue.sweep().claims == ()
+    assert 2 <= valkey.pttl("doubted") / 1000 <= 3
+    valkey.delete("doubted")
     assert len(queue.sweep().claims) == 1
 
 
@@ -375,5 +421,5 @@ def test_an_ended_request_leaves_only_its_stream_and_state_both_with_an_end(queu
     assert lease is not None
     assert end_claimed(valkey, lease, b"{}", b"{}")
     left = {key.decode() for key in valkey.keys("*")} - {"pools", "settlements", "unsettled"}
-    assert left == {ticket_key(sent.request_id), stream_key(sent.request_id)}
+    assert left == {ticket_key(sent.request_id), stream_key(sent.request_id), "had:default", "share:1"}
     assert all(valkey.ttl(key) > 0 for key in left)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import redis
 from django.db import OperationalError
+from django.utils import timezone
+from kombu.exceptions import OperationalError as OperationalErrorOfBroker
 
+from accounts.ledger import quotas
 from accounts.models import QuotaPeriod, Reservation
-from inference import doorbell, reaper, settlement, tasks, worker
-from inference.queue import Sweep, TicketQueue, ticket_queue
-from inference.reaper import Reaper, cancel
+from inference import settlement, tasks
+from inference.models import Receipt
+from inference.transport import doorbell
+from inference.transport.queue import ticket_queue
+from inference.upkeep import reaper
+from inference.upkeep.reaper import Reaper, cancel, leave
+from inference.worker import worker
 from tests.inference.flow import admitted, finish, principal_of, register, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db(transaction=True)]
@@ -29,22 +38,6 @@ def bell(monkeypatch: pytest.MonkeyPatch, valkey: Any) -> list[str]:
 def alice(cast: Any) -> Any:
     register()
     return principal_of(cast.alice)
-
-
-def test_heartbeats_are_trusted_once_redis_has_answered_for_a_while(
-    monkeypatch: pytest.MonkeyPatch, valkey: Any
-) -> None:
-    trusted: list[bool] = []
-
-    def sweep(self: TicketQueue, *, most: int = 200, trust_heartbeats: bool = True) -> Sweep:
-        trusted.append(trust_heartbeats)
-        return Sweep((), ())
-
-    monkeypatch.setattr(TicketQueue, "sweep", sweep)
-    made = Reaper(ticket_queue())
-    for now in (100.0, 102.9, 103.1):
-        made.sweep(now)
-    assert trusted == [False, False, True]
 
 
 def test_the_thread_outlives_redis_and_the_database(alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any) -> None:
@@ -85,6 +78,48 @@ def test_reservations_that_outlived_their_time_are_released(alice: Any, valkey: 
     assert QuotaPeriod.objects.get(key=None).reserved_tokens == 0
 
 
+def end(ticket: Any, valkey: Any, ended_at: float) -> None:
+    """As append.lua files the outcome of a request."""
+    outcome = settlement.Outcome(
+        status="completed",
+        finish_reason="length",
+        charged_tokens=12,
+        prompt_tokens=10,
+        completion_tokens=2,
+        num_steps=3,
+        finished_at=ended_at,
+    )
+    valkey.hset("settlements", ticket.request_id, ticket.header() + b"\n" + outcome.to_bytes())
+    valkey.zadd("unsettled", {ticket.request_id: ended_at})
+
+
+def test_what_ended_in_a_long_outage_is_charged_though_its_reservation_ran_out(
+    alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any
+) -> None:
+    monkeypatch.setattr(settlement, "GROUP_SIZE", 2)
+    tickets = [admitted(alice).ticket for _ in range(6)]
+    Reservation.objects.update(expires_at=timezone.now() - timedelta(minutes=1))
+    for ticket in tickets[:4]:
+        end(ticket, valkey, time.time() - 600)
+    end(tickets[4], valkey, time.time() + 600)  # its maker is about to settle it
+    Reaper(ticket_queue()).sweep(100.0)
+    states = dict(Reservation.objects.values_list("request_id", "state"))
+    assert [states[ticket.request_id] for ticket in tickets] == ["settled"] * 4 + ["open", "released"]
+    assert QuotaPeriod.objects.get(key=None).used_tokens == 48
+    settlement.settle_pending(valkey)
+    assert QuotaPeriod.objects.get(key=None).used_tokens == 60
+
+
+def test_the_receipt_of_what_could_not_be_charged_any_more_says_so(alice: Any, valkey: Any) -> None:
+    ticket = admitted(alice).ticket
+    quotas.release(ticket.request_id, "expired", timezone.now())
+    end(ticket, valkey, time.time())
+    settlement.settle_pending(valkey)
+    receipt = Receipt.objects.get()
+    assert (receipt.charged_tokens, receipt.completion_tokens) == (0, 2)
+    assert QuotaPeriod.objects.get(key=None).used_tokens == 0
+
+
 def test_a_cancel_while_the_database_is_away_is_settled_later(
     alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any
 ) -> None:
@@ -100,6 +135,24 @@ def test_a_cancel_while_the_database_is_away_is_settled_later(
     assert Reservation.objects.get().state == "open"
     assert settlement.settle_pending(valkey) == 1
     assert Reservation.objects.get().state == "released"
+
+
+def test_who_leaves_a_waiting_request_does_not_wait_for_the_database(
+    alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any
+) -> None:
+    sent = admitted(alice).ticket
+
+    def asked(*_: Any) -> list[bool]:
+        raise AssertionError("the database was asked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quotas, "settle_many", asked)
+        leave(sent.request_id, "web")
+    assert finish(valkey, sent.request_id)["reason"] == "cancelled"
+    assert Reservation.objects.get().state == "open"
+    Reaper(ticket_queue()).sweep(100.0)
+    assert Reservation.objects.get().state == "released"
+    assert Receipt.objects.get().status == "cancelled"
 
 
 def test_the_sweep_rings_for_tickets_that_nobody_took(alice: Any, bell: list[str], valkey: Any) -> None:
@@ -168,6 +221,19 @@ def test_a_doorbell_that_cannot_be_rung_says_so(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(app.producer_pool, "acquire", away)
     assert not doorbell.ring("default")
+
+
+def test_who_rings_waits_seconds_for_a_broker_that_hangs_and_consumers_longer() -> None:
+    from llmsite.celery import app
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with app.connection_for_write(url) as connection, pytest.raises(OperationalErrorOfBroker):
+            connection.default_channel.client.ping()
+    assert 1.9 < time.monotonic() - began < 10
+    assert app.connection_for_read().transport_options["socket_timeout"] == 30
+    assert app.producer_pool.connections.connection.transport_options["socket_timeout"] == 2
 
 
 def test_a_doorbell_is_one_message_on_the_queue_of_its_pool(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +17,32 @@ import pytest
 import redis
 
 from accounts import redis_client
+from accounts.limits.throttling import peek_tokens
 from accounts.models import QuotaPeriod
-from accounts.refusals import Refusal
-from inference import completion_cache, doorbell
-from inference import queue as queue_module
-from inference.admission import admit
-from inference.queue import ticket_queue
-from inference.reaper import Reaper
-from inference.stream import StreamReader
+from accounts.trail.refusals import Refusal
+from inference.engine.types import SamplingParams
+from inference.intake.admission import admit
+from inference.transport import completion_cache, doorbell
+from inference.transport import queue as queue_module
+from inference.transport.holding import Hold
+from inference.transport.queue import TicketQueue, ticket_key, ticket_queue
+from inference.transport.stream import StreamReader
+from inference.upkeep.reaper import Reaper
 from llmsite.processes import valkey as embedded
-from tests.inference.flow import admitted, fake_load, new_id, order, principal_of, register, wait_for, worker
+from tests.inference.flow import (
+    admitted,
+    events,
+    fake_load,
+    finish,
+    new_id,
+    order,
+    principal_of,
+    register,
+    text_of,
+    ticket,
+    wait_for,
+    worker,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.django_db(transaction=True)]
 
@@ -44,6 +62,14 @@ class Server:
         assert self.process is not None
         self.process.terminate()
         self.process.wait(10)
+
+    def stand_still(self, seconds: float) -> threading.Timer:
+        """Returns at once; the server hears nothing until then."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        waking = threading.Timer(seconds, self.process.send_signal, [signal.SIGCONT])
+        waking.start()
+        return waking
 
 
 @pytest.fixture
@@ -65,7 +91,7 @@ def server(settings: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def _forget_scripts() -> None:
-    from accounts import throttling
+    from accounts.limits import throttling
 
     clear: Callable[[], None] | None = getattr(getattr(throttling, "_script", None), "cache_clear", None)
     if clear is not None:
@@ -98,16 +124,50 @@ def test_a_stream_goes_on_and_a_ticket_waits_through_a_restart(cast: Any, server
         following.run_until_complete(asyncio.sleep(0.5))
         server.start()
         restarted = time.monotonic()
+        wait_for(lambda: limits_are_back(principal), 30)
+        back_after = time.monotonic() - restarted
         text, last = following.run_until_complete(asyncio.wait_for(task, 20))
         following.close()
         assert (last["reason"], last["receipt"]["completion_tokens"]) == ("length", 200)
         assert len(text.split()) > 100
-        wait_for(lambda: ticket_queue().state(waiting.request_id).state == "done", 10)  # type: ignore[union-attr]
+        wait_for(lambda: ticket_queue().state(waiting.request_id).state == "done")  # type: ignore[union-attr]
         assert isinstance(admitted(principal, max_tokens=1).ticket.max_tokens, int)
-        assert time.monotonic() - restarted < 15
+        assert back_after < 5
         wait_for(lambda: counters(principal.tenant_id)[1] == 0)
     assert (refusal.code, refusal.retryable) == ("service_unavailable", True)
     assert counters(principal.tenant_id)[0] in (210 + 15, 210 + 15 + 11)
+
+
+def limits_are_back(principal: Any) -> bool:
+    """Whether the minute's tokens are known again."""
+    try:
+        peek_tokens(principal)
+    except Refusal:
+        return False
+    return True
+
+
+def test_a_redis_that_is_full_refuses_admits_again_and_loses_nothing(cast: Any, server: Server) -> None:
+    register(n_slots=1)
+    principal = principal_of(cast.alice, tokens_per_minute=100_000)
+    client, greedy = redis_client.client(), SamplingParams(temperature=0.0)
+    with worker(client, threads=2, load=fake_load(0.02)):
+        running = admitted(principal, max_tokens=100, stream=True, sampling=greedy).ticket
+        wait_for(lambda: text_of(events(client, running.request_id)))
+        client.config_set("maxmemory", 1)
+        refusals = [_refused_while_away(principal) for _ in range(20)]
+        reserved = counters(principal.tenant_id)
+        time.sleep(0.5)
+        client.config_set("maxmemory", 64 << 20)
+        assert {(each.code, each.retryable) for each in refusals} == {("service_unavailable", True)}
+        assert all(each.retry_after for each in refusals)
+        assert reserved == (0, 110)
+        last = finish(client, running.request_id, 20)
+        assert (last["reason"], last["receipt"]["completion_tokens"]) == ("length", 100)
+        again = admitted(principal, max_tokens=100, stream=True, sampling=greedy).ticket
+        assert finish(client, again.request_id, 20)["reason"] == "length"
+        assert text_of(events(client, running.request_id)) == text_of(events(client, again.request_id)) != ""
+        wait_for(lambda: counters(principal.tenant_id) == (220, 0), 20)
 
 
 def _refused_while_away(principal: Any) -> Refusal:
@@ -126,7 +186,6 @@ def test_a_restart_condemns_no_worker_that_lives(cast: Any, server: Server) -> N
     principal = principal_of(cast.alice)
     client = redis_client.client()
     reaper = Reaper(ticket_queue(), every_seconds=0.1)
-    reaper._answers_since = time.monotonic() - 60
     with worker(client, threads=1, load=fake_load(0.02)):
         sent = admitted(principal, max_tokens=240).ticket
         wait_for(lambda: ticket_queue().state(sent.request_id).state == "running")  # type: ignore[union-attr]
@@ -134,9 +193,55 @@ def test_a_restart_condemns_no_worker_that_lives(cast: Any, server: Server) -> N
         server.stop()
         time.sleep(2.5)  # longer than a heartbeat lives
         server.start()
-        state = wait_for(lambda: _end_of(client, sent.request_id), 15)
+        state = wait_for(lambda: _end_of(client, sent.request_id))
         reaper.stop()
     assert b'"length"' in state
+
+
+def test_a_redis_that_stood_still_condemns_nobody_until_all_could_beat_again(server: Server, settings: Any) -> None:
+    queue = TicketQueue(redis_client.connect(settings.REDIS_URL, socket_timeout=10))
+    queue.put(ticket())
+    queue.beat("w1", "default", 4, {}, ttl_seconds=0.5)
+    queue.take("default", "w1", [1])
+    assert queue.sweep().claims == ()
+    server.stand_still(1.5)
+    assert queue.sweep().claims == ()  # the server hears it before the worker
+    assert queue.sweep().claims == ()
+    (claim,) = wait_for(lambda: queue.sweep().claims)  # it says nothing for so long: it has died
+    assert claim.why == "worker_lost"
+
+
+def test_a_full_server_condemns_nobody_and_ends_what_waited_too_long(server: Server) -> None:
+    client, queue = redis_client.client(), ticket_queue()
+    queue.put(ticket())
+    queue.beat("w1", "default", 4, {}, ttl_seconds=0.01)
+    queue.take("default", "w1", [1])
+    client.zadd("waiting:default", {"forgotten": 1})
+    client.set("heard", time.time() - 0.9)
+    client.config_set("maxmemory", 1)
+    time.sleep(0.2)
+    assert queue.sweep().claims == ()
+    client.config_set("maxmemory", 64 << 20)
+    assert queue.num_waiting("default") == 0
+    assert queue.sweep().claims == ()  # while it was full, nobody could be heard
+    client.delete("doubted")
+    assert len(queue.sweep().claims) == 1
+
+
+def test_a_command_that_is_late_runs_once(server: Server, settings: Any) -> None:
+    queue = TicketQueue(redis_client.connect(settings.REDIS_URL, socket_timeout=0.5))
+    sent = ticket()
+    queue.put(sent, hold=Hold(web="one"))
+    queue.join("unknown", "two")  # the server knows the script
+    waking = server.stand_still(0.8)  # within the time limit of a second attempt
+    began = time.monotonic()
+    with pytest.raises(redis.TimeoutError):
+        queue.join(sent.request_id, "two")
+    assert time.monotonic() - began < 0.75
+    waking.join()
+    wait_for(lambda: queue.client.hget("held:two", sent.request_id))
+    time.sleep(0.2)
+    assert queue.client.hget(ticket_key(sent.request_id), "readers") == b"2"
 
 
 def _end_of(client: redis.Redis, request_id: str) -> Any:

@@ -14,13 +14,16 @@ import pytest
 from django.conf import settings
 from django.db import IntegrityError
 
-from accounts import principals
+from accounts.identity import known_keys
 from accounts.models import Plan, Tenant
-from accounts.refusals import Refusal
-from inference import inspection, registry
+from accounts.trail.refusals import Refusal
+from inference.catalog import model_rows, registry
+from inference.catalog.model_memory import estimate_memory
+from inference.catalog.served import snapshot
 from inference.chat.prompt import MAX_TEMPLATE_BYTES, ChatPrompt, Message
-from inference.inspection import RegistrationError, vocabulary_path
 from inference.models import ServedModel
+from inference.vetting import inspection
+from inference.vetting.inspection import RegistrationError, vocabulary_path
 from tests.inference import gguf_files
 from tests.inference.gguf_files import FailingTrial, PassingTrial
 
@@ -30,6 +33,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.django_db]
 @dataclass(frozen=True)
 class Caller:
     tenant_id: int
+    allowed_models: frozenset[str] | None = None
+    allowed_adapters: frozenset[str] | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +60,7 @@ ANYBODY = Caller(0)
 def register(folder: Path, name: str, **options: Any) -> ServedModel:
     """A file of its own for each name, so digests differ."""
     path = gguf_files.write(folder, f"{name}.gguf", changes={"general.name": (8, name)})
-    return registry.register(path, name, trial=PassingTrial(), **options)
+    return model_rows.register(path, name, trial=PassingTrial(), **options)
 
 
 def refusal(name: str | None, who: Caller) -> str:
@@ -84,7 +89,7 @@ def test_a_registered_model_is_served_as_its_file_says(tmp_path: Path) -> None:
 def test_the_progress_of_hashing_ends_at_the_size_of_the_file(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path)
     seen: list[tuple[int, int]] = []
-    registry.register(path, "tiny", trial=PassingTrial(), progress=lambda done, total: seen.append((done, total)))
+    model_rows.register(path, "tiny", trial=PassingTrial(), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (path.stat().st_size, path.stat().st_size)
 
 
@@ -96,22 +101,22 @@ def test_registering_again_changes_only_what_is_given(tmp_path: Path) -> None:
 
 def test_a_file_that_did_not_change_is_not_inspected_again(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path)
-    registry.register(path, "tiny", trial=PassingTrial())
+    model_rows.register(path, "tiny", trial=PassingTrial())
     before = PassingTrial.calls
-    registry.register(path, "tiny", trial=PassingTrial())
+    model_rows.register(path, "tiny", trial=PassingTrial())
     assert PassingTrial.calls == before
-    registry.register(path, "tiny", trial=PassingTrial(), force=True)
+    model_rows.register(path, "tiny", trial=PassingTrial(), force=True)
     assert PassingTrial.calls == before + 1
     path.write_bytes(gguf_files.build({"general.name": (8, "Another")}))
-    assert registry.register(path, "tiny", trial=PassingTrial()).metadata["title"] == "Another"
+    assert model_rows.register(path, "tiny", trial=PassingTrial()).metadata["title"] == "Another"
     vocabulary_path(ServedModel.objects.get().digest).unlink()
-    registry.register(path, "tiny", trial=PassingTrial())
+    model_rows.register(path, "tiny", trial=PassingTrial())
     assert vocabulary_path(ServedModel.objects.get().digest).is_file()
 
 
 def test_the_context_of_a_new_model_fits_its_training(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, changes={"llama.context_length": (4, 256)})
-    assert registry.register(path, "small", trial=PassingTrial()).n_ctx == 256
+    assert model_rows.register(path, "small", trial=PassingTrial()).n_ctx == 256
 
 
 @pytest.mark.parametrize(
@@ -130,19 +135,19 @@ def test_files_that_cannot_be_served_are_refused_before_hashing(
 ) -> None:
     path = gguf_files.write(tmp_path, changes=changes)
     with pytest.raises(RegistrationError) as caught:
-        registry.register(path, "bad", trial=PassingTrial(), progress=lambda *_: pytest.fail("it was hashed"))
+        model_rows.register(path, "bad", trial=PassingTrial(), progress=lambda *_: pytest.fail("it was hashed"))
     assert (caught.value.code, list(caught.value.fields), ServedModel.objects.count()) == (code, ["path"], 0)
 
 
 def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RegistrationError, match="no weights"):
-        registry.register(gguf_files.write(tmp_path, tensors=()), "bad", trial=PassingTrial())
+        model_rows.register(gguf_files.write(tmp_path, tensors=()), "bad", trial=PassingTrial())
 
 
 def test_a_failed_trial_leaves_nothing_behind(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, changes={"general.name": (8, "crashes")})
     with pytest.raises(RegistrationError, match="SIGSEGV") as caught:
-        registry.register(path, "bad", trial=FailingTrial())
+        model_rows.register(path, "bad", trial=FailingTrial())
     folder = vocabulary_path("x").parent
     assert (caught.value.code, ServedModel.objects.count()) == ("trial_failed", 0)
     assert not [entry for entry in folder.iterdir() if "trial" in entry.name]
@@ -157,7 +162,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
             return super().run(path, vocabulary)
 
     with pytest.raises(RegistrationError) as caught:
-        registry.register(path, "tiny", trial=Meddling())
+        model_rows.register(path, "tiny", trial=Meddling())
     assert caught.value.code == "file_changed"
 
 
@@ -172,7 +177,7 @@ def test_a_file_that_shrinks_or_goes_while_it_is_hashed_is_refused(tmp_path: Pat
             path.write_bytes(path.read_bytes()[:left])
 
     with pytest.raises(RegistrationError) as caught:
-        registry.register(path, "tiny", trial=PassingTrial(), progress=meddle)
+        model_rows.register(path, "tiny", trial=PassingTrial(), progress=meddle)
     assert caught.value.code == code
 
 
@@ -186,7 +191,7 @@ def test_a_file_that_goes_before_it_is_hashed_is_refused(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(inspection, "check_header", check_and_remove)
     with pytest.raises(RegistrationError) as caught:
-        registry.register(path, "tiny", trial=PassingTrial())
+        model_rows.register(path, "tiny", trial=PassingTrial())
     assert caught.value.code == "gguf_unreadable"
 
 
@@ -194,7 +199,7 @@ def test_a_state_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypat
     (tmp_path / "occupied").write_text("a file where a folder must be")
     monkeypatch.setattr(inspection, "vocabulary_path", lambda digest: tmp_path / "occupied" / digest)
     with pytest.raises(RegistrationError) as caught:
-        registry.register(gguf_files.write(tmp_path), "tiny", trial=PassingTrial())
+        model_rows.register(gguf_files.write(tmp_path), "tiny", trial=PassingTrial())
     assert caught.value.code == "state_unwritable"
 
 
@@ -227,7 +232,7 @@ def test_wrong_options_are_errors_of_their_field(tmp_path: Path, options: dict[s
 def test_names_that_could_confuse_are_refused(tmp_path: Path, name: str) -> None:
     path = gguf_files.write(tmp_path)
     with pytest.raises(RegistrationError) as caught:
-        registry.register(path, name, trial=PassingTrial())
+        model_rows.register(path, name, trial=PassingTrial())
     assert list(caught.value.fields) == ["name"]
 
 
@@ -248,7 +253,7 @@ def test_two_registrations_at_the_same_moment_are_a_conflict(tmp_path: Path, mon
     def collide(*_args: object) -> None:
         raise IntegrityError("served_model_one_default")
 
-    monkeypatch.setattr(registry, "settle_default", collide)
+    monkeypatch.setattr(model_rows, "settle_default", collide)
     with pytest.raises(RegistrationError) as caught:
         register(tmp_path, "tiny")
     assert (caught.value.code, ServedModel.objects.count()) == ("conflict", 0)
@@ -264,7 +269,7 @@ def test_there_is_exactly_one_default_whatever_is_registered(tmp_path: Path) -> 
     assert registry.resolve(None, ANYBODY).name == "first"
     register(tmp_path, "third", default=True)
     assert registry.resolve(None, ANYBODY).name == "third"
-    registry.make_default(ServedModel.objects.get(name="second").pk)
+    model_rows.make_default(ServedModel.objects.get(name="second").pk)
     default = registry.default()
     assert default is not None
     assert default.name == "second"
@@ -275,7 +280,7 @@ def test_removing_the_default_promotes_another(tmp_path: Path) -> None:
     first = register(tmp_path, "first")
     register(tmp_path, "second", load_mode="off")
     register(tmp_path, "third")
-    assert registry.remove([first.pk]) == 1
+    assert model_rows.remove([first.pk]) == 1
     assert registry.resolve(None, ANYBODY).name == "third"
 
 
@@ -287,12 +292,12 @@ def test_without_any_model_the_answer_is_no_model() -> None:
 
 def test_a_model_that_is_switched_off_is_not_loaded(tmp_path: Path) -> None:
     row = register(tmp_path, "tiny")
-    assert registry.set_load_mode([row.pk], "off") == 1
+    assert model_rows.set_load_mode([row.pk], "off") == 1
     assert (refusal("tiny", ANYBODY), refusal(None, ANYBODY)) == ("llm_not_loaded", "llm_not_loaded")
     assert (registry.visible(ANYBODY), registry.in_pool("default")) == ([], [])
     assert [model.name for model in registry.every()] == ["tiny"]
     with pytest.raises(ValueError, match="sometimes"):
-        registry.set_load_mode([row.pk], "sometimes")
+        model_rows.set_load_mode([row.pk], "sometimes")
 
 
 # Who sees what
@@ -359,15 +364,15 @@ def test_a_change_that_another_process_announces_is_seen_at_once(tmp_path: Path)
     register(tmp_path, "tiny")
     registry.resolve("tiny", ANYBODY)
     ServedModel.objects.update(n_slots=3)
-    principals.CACHE.forget()  # what its watcher does when the counter in Redis has moved
+    known_keys.CACHE.forget()  # what its watcher does when the counter in Redis has moved
     assert registry.resolve("tiny", ANYBODY).n_slots == 3
 
 
 @pytest.mark.django_db(transaction=True)
 def test_a_committed_change_moves_the_counter_for_other_processes(tmp_path: Path, valkey: Any) -> None:
-    before = int(valkey.get(principals.VERSION_KEY) or 0)
+    before = int(valkey.get(known_keys.VERSION_KEY) or 0)
     register(tmp_path, "tiny")
-    assert int(valkey.get(principals.VERSION_KEY) or 0) > before
+    assert int(valkey.get(known_keys.VERSION_KEY) or 0) > before
 
 
 def test_what_was_read_before_a_change_is_not_kept_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,10 +408,10 @@ def test_many_threads_get_the_same_answer(tmp_path: Path) -> None:
 def test_a_cached_answer_takes_microseconds(tmp_path: Path) -> None:
     register(tmp_path, "tiny")
     registry.resolve("tiny", ANYBODY)
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(1000):
         registry.resolve("tiny", ANYBODY)
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 # Memory
@@ -414,21 +419,21 @@ def test_a_cached_answer_takes_microseconds(tmp_path: Path) -> None:
 
 def test_memory_is_weights_and_cache_and_scores() -> None:
     metadata = {"tensor_bytes": 1000, "kv_elements_per_token": 10, "vocabulary_size": 100}
-    need = registry.estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="f16")
+    need = estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="f16")
     assert (need.weights_bytes, need.kv_bytes, need.compute_bytes) == (1000, 512 * 2 * 10 * 2, 400 * 514)
     assert need.total_bytes == 1000 + 20480 + 205_600
-    smaller = registry.estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="q8_0")
+    smaller = estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="q8_0")
     assert smaller.kv_bytes == 512 * 2 * 10 * 34 // 32
-    lanes = registry.estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="f16", n_lanes=3)
+    lanes = estimate_memory(metadata, n_ctx=300, n_slots=2, kv_type="f16", n_lanes=3)
     assert (lanes.weights_bytes, lanes.kv_bytes) == (1000, 3 * need.kv_bytes)
     assert lanes.compute_bytes == 3 * need.compute_bytes
-    assert registry.estimate_memory({}, n_ctx=8, n_slots=1, kv_type="q4_0").total_bytes == 0
+    assert estimate_memory({}, n_ctx=8, n_slots=1, kv_type="q4_0").total_bytes == 0
 
 
 def test_a_row_costs_no_query_to_turn_into_a_snapshot(tmp_path: Path, django_assert_num_queries: Any) -> None:
     row = register(tmp_path, "tiny")
     with django_assert_num_queries(0):
-        assert registry.snapshot(row, [7]).granted_tenant_ids == frozenset({7})
+        assert snapshot(row, [7]).granted_tenant_ids == frozenset({7})
 
 
 # Chat templates
@@ -440,7 +445,7 @@ SHORT = ChatPrompt(messages=(Message(role="user", content="x"),))
 
 def test_a_template_is_tried_at_registration_and_its_facts_are_kept(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, changes=CHATTING)
-    row = registry.register(path, "tiny", trial=PassingTrial())
+    row = model_rows.register(path, "tiny", trial=PassingTrial())
     served = registry.resolve("tiny", ANYBODY)
     assert served.chat is not None
     assert served.template_for(SHORT) is served.chat
@@ -449,7 +454,7 @@ def test_a_template_is_tried_at_registration_and_its_facts_are_kept(tmp_path: Pa
 
 
 def test_a_template_that_is_no_good_leaves_a_model_without_conversations(tmp_path: Path) -> None:
-    registry.register(gguf_files.write(tmp_path), "tiny", trial=PassingTrial())
+    model_rows.register(gguf_files.write(tmp_path), "tiny", trial=PassingTrial())
     served = registry.resolve("tiny", ANYBODY)
     assert served.chat is None
     assert "leaves out what was said" in ServedModel.objects.get().metadata["chat"]["default"]["error"]
@@ -461,7 +466,7 @@ def test_a_template_that_is_no_good_leaves_a_model_without_conversations(tmp_pat
 def test_a_second_template_named_tool_use_serves_requests_with_tools(tmp_path: Path) -> None:
     with_tools = TALK + "{{ tools | tojson }}"
     changes = {**CHATTING, "tokenizer.chat_template.tool_use": (8, with_tools)}
-    registry.register(gguf_files.write(tmp_path, changes=changes), "tiny", trial=PassingTrial())
+    model_rows.register(gguf_files.write(tmp_path, changes=changes), "tiny", trial=PassingTrial())
     served = registry.resolve("tiny", ANYBODY)
     assert served.template_for(SHORT).source == TALK
     assert served.template_for(dataclasses.replace(SHORT, tools=({"type": "function"},))).source == with_tools
@@ -470,13 +475,13 @@ def test_a_second_template_named_tool_use_serves_requests_with_tools(tmp_path: P
 def test_an_operators_template_takes_the_place_of_the_files(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, changes=CHATTING)
     own = TALK + "{{ tools | tojson }}"
-    registry.register(path, "tiny", trial=PassingTrial(), chat_template=own)
+    model_rows.register(path, "tiny", trial=PassingTrial(), chat_template=own)
     served = registry.resolve("tiny", ANYBODY)
     assert served.chat is not None
     assert (served.chat.source, served.chat.has_tools, served.chat_template) == (own, True, own)
-    registry.register(path, "tiny", trial=PassingTrial(), n_slots=2)
+    model_rows.register(path, "tiny", trial=PassingTrial(), n_slots=2)
     assert registry.resolve("tiny", ANYBODY).chat == served.chat
-    registry.register(path, "tiny", trial=PassingTrial(), chat_template="")
+    model_rows.register(path, "tiny", trial=PassingTrial(), chat_template="")
     again = registry.resolve("tiny", ANYBODY).chat
     assert again is not None
     assert again.source == TALK
@@ -484,10 +489,10 @@ def test_an_operators_template_takes_the_place_of_the_files(tmp_path: Path) -> N
 
 def test_an_operators_template_that_is_no_good_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, changes=CHATTING)
-    registry.register(path, "tiny", trial=PassingTrial())
+    model_rows.register(path, "tiny", trial=PassingTrial())
     for bad in ("{{ messages", "Hello", "x" * (MAX_TEMPLATE_BYTES + 1)):
         with pytest.raises(RegistrationError) as caught:
-            registry.register(path, "tiny", trial=PassingTrial(), chat_template=bad, n_slots=3)
+            model_rows.register(path, "tiny", trial=PassingTrial(), chat_template=bad, n_slots=3)
         assert (caught.value.code, list(caught.value.fields)) == ("chat_template_invalid", ["chat_template"])
     row = ServedModel.objects.get()
     assert (row.chat_template, row.chat_facts, row.n_slots) == ("", {}, 8)
@@ -495,10 +500,57 @@ def test_an_operators_template_that_is_no_good_is_refused_and_nothing_changes(tm
 
 def test_a_model_of_an_earlier_version_is_inspected_again_for_its_template(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path, changes=CHATTING)
-    row = registry.register(path, "tiny", trial=PassingTrial())
+    row = model_rows.register(path, "tiny", trial=PassingTrial())
     del row.metadata["chat"], row.metadata["chat_templates"]
     row.save()
     registry.forget()
     assert registry.resolve("tiny", ANYBODY).chat is None
-    registry.register(path, "tiny", trial=PassingTrial())
+    model_rows.register(path, "tiny", trial=PassingTrial())
     assert registry.resolve("tiny", ANYBODY).chat is not None
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "embeds", "pooling"),
+    [
+        ({}, {}, False, "mean"),
+        ({}, {"capabilities": {"embeddings": True}}, True, "mean"),
+        ({}, {"capabilities": {"embeddings": True}, "embedding_pooling": "last"}, True, "last"),
+        ({"llama.pooling_type": (4, 3)}, {}, True, "last"),
+        ({"llama.pooling_type": (4, 2)}, {"embedding_pooling": "mean"}, True, "mean"),
+        ({"llama.pooling_type": (4, 1)}, {"capabilities": {"embeddings": False}}, False, "mean"),
+        ({"llama.pooling_type": (4, 4)}, {"capabilities": {"embeddings": True}}, False, "mean"),
+    ],
+)
+def test_a_file_says_whether_it_embeds_unless_the_operator_does(
+    tmp_path: Path, header: dict[str, Any], options: dict[str, Any], embeds: bool, pooling: str
+) -> None:
+    path = gguf_files.write(tmp_path, "one.gguf", changes=header)
+    model_rows.register(path, "one", trial=PassingTrial(), **options)
+    served = registry.resolve("one", ANYBODY)
+    assert (served.embeds, served.pooling, served.generates) == (embeds, pooling, True)
+    if not embeds:
+        with pytest.raises(Refusal) as caught:
+            served.check_ability(embeds=True)
+        assert caught.value.code == "capability_not_supported"
+
+
+def test_an_encoder_embeds_and_does_not_generate(tmp_path: Path) -> None:
+    changes = {"llama.attention.causal": (7, False), "llama.pooling_type": (4, 1)}
+    path = gguf_files.write(tmp_path, "one.gguf", changes=changes)
+    model_rows.register(path, "one", trial=PassingTrial())
+    served = registry.resolve("one", ANYBODY)
+    assert (served.embeds, served.generates, served.embedding_length) == (True, False, 64)
+    with pytest.raises(Refusal) as caught:
+        served.check_ability(embeds=False)
+    assert caught.value.code == "capability_not_supported"
+
+
+def test_vectors_need_memory_of_four_slots_more() -> None:
+    metadata = {"tensor_bytes": 1000, "kv_elements_per_token": 10, "vocabulary_size": 100}
+    options: dict[str, Any] = {"n_ctx": 300, "n_slots": 2, "kv_type": "q8_0"}
+    plain, more = (estimate_memory(metadata, **options, embeds=embeds) for embeds in (False, True))
+    assert more.kv_bytes - plain.kv_bytes == 4 * 512 * 10 * 2
+    assert more.compute_bytes - plain.compute_bytes == 2 * 400 * 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -10,16 +11,17 @@ import pytest
 from django.db import OperationalError
 
 from accounts.models import LedgerEntry, QuotaPeriod, Reservation
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference import settlement
 from inference.engine.types import Finished, FinishReason
 from inference.engine.types import Receipt as EngineReceipt
 from inference.models import Receipt
-from inference.queue import TicketQueue, ticket_queue
 from inference.settlement import Outcome, Settler, completion_of, outcome_of, outcome_without_engine
-from inference.stream import end_claimed
-from inference.ticket import Ticket
+from inference.transport.queue import TicketQueue, ticket_queue
+from inference.transport.stream import end_claimed
+from inference.transport.ticket import Ticket
 from tests.inference.flow import admitted, principal_of, register, ticket, wait_for
+from tests.timing import PATIENCE_SECONDS
 
 NOW = 1_800_000_000.0
 
@@ -113,6 +115,13 @@ def test_the_receipt_tells_waiting_and_mean_batch_sizes() -> None:
     assert outcome.total_seconds == 4
     assert (outcome.mean_batch_size, outcome.mean_decode_batch_size) == (4, 4)
     assert price(end(FinishReason.CANCELLED, num_steps=0)).mean_batch_size == 0
+
+
+@pytest.mark.unit
+def test_a_long_name_of_a_worker_fits_into_its_receipt() -> None:
+    outcome = outcome_of(ticket(), end(FinishReason.EOS), worker="pod" * 30, now=NOW, leased_at=NOW)
+    longest = Receipt._meta.get_field("worker").max_length
+    assert len(outcome.worker) == longest
 
 
 @pytest.mark.unit
@@ -305,3 +314,57 @@ def test_a_group_that_fails_for_another_reason_is_left_in_redis(
         assert settler.flush(2)
         settler.stop(2)
     assert settlement.settle_pending(ticket_queue().client) == 1
+
+
+def refused_outcome(sent: Ticket) -> Ticket:
+    """Its receipt is of a key that there is not, which the database sees at the end of the transaction."""
+    return replace(sent, key_id=987_654_321)
+
+
+@pytest.mark.integration
+@database
+def test_an_outcome_that_the_database_refuses_holds_up_nobody(cast: Any, valkey: Any) -> None:
+    register()
+    first, bad, last = [admitted(principal_of(cast.alice)).ticket for _ in range(3)]
+    for sent in (first, refused_outcome(bad), last):
+        valkey.hset("settlements", sent.request_id, sent.header() + b"\n" + outcome_for(sent).to_bytes())
+        valkey.zadd("unsettled", {sent.request_id: time.time() - 60})
+    assert settlement.settle_all_pending(valkey, older_than_seconds=settlement.ORPHAN_SECONDS) == 2
+    assert used(first.tenant_id) == (32, 26, 2, 1)
+    # it is kept, behind all others
+    assert settlement.settle_all_pending(valkey, older_than_seconds=settlement.ORPHAN_SECONDS) == 0
+    assert settlement.unsettled(valkey, [first.request_id, bad.request_id, last.request_id]) == {bad.request_id}
+    assert float(valkey.zscore("unsettled", bad.request_id)) > time.time() + settlement.PUT_OFF_SECONDS / 2
+    # and charged as soon as the database takes it
+    valkey.hset("settlements", bad.request_id, bad.header() + b"\n" + outcome_for(bad).to_bytes())
+    assert settlement.settle_pending(valkey) == 1
+    assert used(first.tenant_id) == (48, 0, 3, 0)
+    assert Receipt.objects.count() == 3
+
+
+@pytest.mark.integration
+@database
+def test_the_settler_goes_on_behind_an_outcome_that_the_database_refuses(cast: Any, valkey: Any) -> None:
+    register()
+    bad, good = [admitted(principal_of(cast.alice)).ticket for _ in range(2)]
+    settler = Settler(valkey)
+    settler.submit(refused_outcome(bad), outcome_for(bad))
+    settler.submit(good, outcome_for(good))
+    settler.start()
+    assert settler.flush(PATIENCE_SECONDS)
+    settler.stop(2)
+    assert used(good.tenant_id) == (16, 26, 1, 1)
+    assert Receipt.objects.get().request_id == good.request_id
+
+
+@pytest.mark.integration
+@database
+def test_one_process_at_a_time_settles_what_others_left(held: Ticket, valkey: Any) -> None:
+    file_outcome(held, valkey)
+    valkey.set("settling", 1)
+    assert settlement.settle_all_pending(valkey) == 0
+    assert used(held.tenant_id) == (0, 26, 0, 1)
+    valkey.delete("settling")
+    assert settlement.settle_all_pending(valkey) == 1
+    assert used(held.tenant_id) == (16, 0, 1, 0)
+    assert not valkey.exists("settling")

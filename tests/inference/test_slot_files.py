@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from inference.engine.slot_keeper import SlotState
 from inference.engine.state_store import StoredState
-from inference.slot_files import Origin, SlotFileError, SlotFiles, scope_of
+from inference.slots.files import Origin, SlotFileError, SlotFiles, scope_of
 
 pytestmark = pytest.mark.unit
 
@@ -188,6 +189,20 @@ def test_kept_states_come_back_once_in_their_order(files: SlotFiles, tmp_path: P
     assert len(paths(tmp_path)) == 1
 
 
+def test_what_is_kept_in_a_folder_that_may_not_be_written_keeps_nobody_from_a_load(
+    files: SlotFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = stored(ALICE, 1)
+    assert files.keep(ORIGIN, [kept], 1000) == 1
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "the file system may not be written")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    (found,) = files.take_kept(ORIGIN, 10_000)
+    assert same(found, kept)
+
+
 def test_what_is_kept_is_bounded_when_it_is_written_and_when_it_is_read(files: SlotFiles) -> None:
     states = [stored(ALICE, number) for number in range(10)]
     assert files.keep(ORIGIN, states, 450) == 4
@@ -221,6 +236,16 @@ def test_old_files_and_unfinished_ones_are_swept(files_of: Callable[..., SlotFil
     assert paths(tmp_path) == []
 
 
+def test_kept_states_that_are_too_old_do_not_come_back(files_of: Callable[..., SlotFiles], tmp_path: Path) -> None:
+    clock = Clock()
+    files = files_of(clock=clock)
+    files.keep(ORIGIN, [stored(ALICE, 1)], 10_000)
+    (path,) = paths(tmp_path)
+    os.utime(path, (clock.now - 8 * 86400,) * 2)
+    assert files.take_kept(ORIGIN, 10_000) == []
+    assert paths(tmp_path) == []
+
+
 def test_a_tenant_is_forgotten_whole(files: SlotFiles, tmp_path: Path) -> None:
     for tenant_id in (ALICE, BOB):
         files.save(tenant_id, "diary", ORIGIN, STATE)
@@ -236,3 +261,58 @@ def test_nothing_is_kept_where_files_are_off(files_of: Callable[..., SlotFiles],
     assert not files.is_on
     assert files.keep(ORIGIN, [stored(ALICE, 1)], 1000) == 0
     assert paths(tmp_path) == []
+
+
+def test_files_are_listed_and_removed_by_name_alone(files: SlotFiles, tmp_path: Path) -> None:
+    """What is damaged is listed, too, and nothing that is no file of a state."""
+    files.save(ALICE, "diary", ORIGIN, STATE)
+    files.save(BOB, "letters", ORIGIN, STATE)
+    stored = StoredState((scope_of(BOB), ()), 0, [1, 2], b"state")
+    files.keep(ORIGIN, [stored], 1 << 20)
+    (tmp_path / "slots" / "1" / "notes.txt").write_text("no state")
+    (tmp_path / "slots" / "1" / f"{'0' * 40}.saved").write_bytes(b"damaged")
+    listed = files.listing(10)
+    assert sorted((each.tenant_id, each.is_kept, each.num_tokens) for each in listed if each.model_digest) == [
+        (ALICE, False, 3),
+        (BOB, False, 3),
+        (BOB, True, 2),
+    ]
+    assert len(listed) == 4 and len(files.listing(2)) == 2
+    name = next(each.name for each in listed if each.tenant_id == ALICE and each.num_tokens)
+    assert not files.forget(BOB, name) and files.forget(ALICE, name) and not files.forget(ALICE, name)
+    for wrong in ("notes.txt", "../2/" + name, "/etc/passwd", "", name + "\n", name + "/../x"):
+        with pytest.raises(SlotFileError, match="no name"):
+            files.forget(ALICE, wrong)
+    with pytest.raises(SlotFileError, match="nothing is saved"):
+        files.load(ALICE, "diary", ORIGIN)
+
+
+def test_with_a_new_secret_what_the_old_one_sealed_is_read_and_new_files_have_the_new_seal(
+    files: SlotFiles, tmp_path: Path
+) -> None:
+    def installation(secret: str, *fallbacks: str) -> SlotFiles:
+        return SlotFiles(tmp_path / "slots", secret, fallbacks=fallbacks, tenant_bytes=1 << 20, max_age_days=7.0)
+
+    files.save(ALICE, "diary", ORIGIN, STATE)
+    files.keep(ORIGIN, [stored(ALICE, 1)], 1 << 20)
+    rotated, without = installation("a new secret", "a secret"), installation("a new secret")
+    with pytest.raises(SlotFileError, match="nothing is saved"):
+        without.load(ALICE, "diary", ORIGIN)
+    assert rotated.load(ALICE, "diary", ORIGIN)[0] == STATE
+    newer = SlotState((9, 9), STATE.adapters, STATE.state)
+    rotated.save(ALICE, "diary", ORIGIN, newer)
+    assert len([path for path in paths(tmp_path) if path.suffix == ".saved"]) == 1, "the old file has gone"
+    assert without.load(ALICE, "diary", ORIGIN)[0] == newer, "it needs the new secret alone"
+    (kept,) = rotated.take_kept(ORIGIN, 1 << 20)
+    assert same(kept, stored(ALICE, 1))
+    rotated.keep(ORIGIN, [kept], 1 << 20)
+    (again,) = without.take_kept(ORIGIN, 1 << 20)
+    assert same(again, kept)
+
+
+def test_everything_of_a_tenant_goes_and_nothing_of_others(files: SlotFiles, tmp_path: Path) -> None:
+    for tenant_id in (ALICE, BOB):
+        files.save(tenant_id, "diary", ORIGIN, STATE)
+    files.forget_tenant(ALICE)
+    files.forget_tenant(ALICE)
+    assert [path.parent.name for path in paths(tmp_path)] == [str(BOB)]

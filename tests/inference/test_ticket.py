@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.engine.types import Decoding, SamplingParams, Speculation
-from inference.ticket import Ticket, TicketError
+from inference.engine.types import Decoding, Embedding, Pooling, SamplingParams, Speculation, ThoughtBound
+from inference.transport.ticket import Ticket, TicketError
 from tests.inference.flow import ticket
 
 pytestmark = pytest.mark.unit
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.unit
 SAMPLING = SamplingParams(
     temperature=0.0, top_k=1, seed=7, logit_bias=((5, -1.5), (6, float(2))), samplers=("top_k",), ignore_eos=True
 )
+THOUGHTS = {"num_tokens": 3, "start": "<t>", "end": "</t>", "end_tokens": [4, 5], "is_open": True}
 
 
 def test_a_ticket_survives_the_way_through_bytes() -> None:
@@ -25,6 +26,13 @@ def test_a_ticket_survives_the_way_through_bytes() -> None:
         sampling=SAMPLING, stop=("\n\n", "é"), adapters=(("abc", 0.5),), cache_key="1:ff", stream=True, clamped=True
     )
     assert Ticket.parse(sent.header(), sent.prompt_bytes()) == sent
+
+
+def test_how_thoughts_are_bounded_survives_the_way() -> None:
+    bound = ThoughtBound(num_tokens=3, start="<t>", end="</t>", end_tokens=(4, 5), is_open=True)
+    sent = ticket(sampling=SamplingParams(thoughts=bound))
+    assert Ticket.parse(sent.header()).sampling.thoughts == bound
+    assert orjson.loads(sent.header())["sampling"]["thoughts"] == THOUGHTS
 
 
 def test_without_its_prompt_a_ticket_still_says_how_long_it_was() -> None:
@@ -77,6 +85,11 @@ def _changed(**changes: object) -> bytes:
         _changed(sampling={"seed": "x"}),
         _changed(sampling={"ignore_eos": 1}),
         _changed(sampling={"grammar": 1}),
+        _changed(sampling={"thoughts": 3}),
+        _changed(sampling={"thoughts": {"num_tokens": 3}}),
+        _changed(sampling={"thoughts": {**THOUGHTS, "num_tokens": 1.5}}),
+        _changed(sampling={"thoughts": {**THOUGHTS, "end_tokens": ["x"]}}),
+        _changed(sampling={"thoughts": {**THOUGHTS, "surprise": 1}}),
         _changed(decoding=[]),
         _changed(decoding={"unknown": 1}),
         _changed(decoding={"slot_id": "0"}),
@@ -127,3 +140,20 @@ def test_how_a_sequence_is_run_survives_and_is_absent_where_nothing_was_said() -
 @pytest.mark.unit
 def test_a_ticket_from_before_decoding_was_there_is_still_read() -> None:
     assert Ticket.parse(ticket().header()).decoding == Decoding()
+
+
+@pytest.mark.unit
+def test_what_is_to_be_embedded_survives_and_is_absent_where_text_is_wanted() -> None:
+    wanted = Embedding(lengths=(2, 1), pooling=Pooling.LAST, normalize=-1, dimensions=64)
+    sent = ticket(embedding=wanted)
+    assert Ticket.parse(sent.header()).embedding == wanted
+    assert b"embedding" not in ticket().header()
+    assert Ticket.parse(ticket().header()).embedding is None
+    for before, after in (
+        (b"[2,1]", b'[2,"1"]'),
+        (b'"last"', b'"worst"'),
+        (b":64", b':"64"'),
+        (b'"normalize"', b'"n"'),
+    ):
+        with pytest.raises(TicketError, match=r"embedded|whole numbers"):
+            Ticket.parse(sent.header().replace(before, after))

@@ -1,7 +1,8 @@
 """A site whose web, worker and beat are a few lines each: what the supervisor does shows without models and migrations.
 
 Run as a process: `python -m tests.llmsite.stub_site`. Children write their process id to STATE_DIR/<name>.pid and, when
-told to leave, their name to STATE_DIR/order. A file STATE_DIR/stubborn makes the worker ignore TERM.
+told to leave, their name to STATE_DIR/order. A file STATE_DIR/stubborn makes the worker ignore TERM; STATE_DIR/stuck
+makes it end itself as a worker that stopped consuming does, and goes with it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ if name == "web":
     http.server.HTTPServer((os.environ["HOST"], int(os.environ["PORT"])), Ready).serve_forever()
 while True:
     time.sleep(0.1)
+    if name == "worker" and (state / "stuck").exists():
+        (state / "stuck").unlink()
+        os._exit(75)
 """
 
 

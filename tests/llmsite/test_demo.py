@@ -12,10 +12,10 @@ from django.contrib.auth import authenticate
 from django.core.management import CommandError, call_command
 
 from accounts.models import APIKey, Plan, Role, Tenant
-from inference import adapters, registry
-from inference.adapter_file import AdapterFacts, Base, ExaminedAdapter
-from inference.inspection import RegistrationError
+from inference.catalog import adapter_rows, granting, model_rows
 from inference.models import Adapter, AdapterGrant, ServedModel
+from inference.vetting.adapter_file import AdapterFacts, Base, ExaminedAdapter
+from inference.vetting.inspection import RegistrationError
 from llmsite import demo
 from tests.conftest import STATE_DIR
 
@@ -38,8 +38,8 @@ def _registers_without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         facts = AdapterFacts(rank=8, alpha=16.0, targets=("attn_q",), num_tensors=1, num_parameters=1, size_bytes=1)
         return ExaminedAdapter(path=path, digest=path.stem.ljust(64, "0")[:64], facts=facts, metadata={})
 
-    monkeypatch.setattr(registry, "register", register)
-    monkeypatch.setattr(adapters, "examine", examine)
+    monkeypatch.setattr(model_rows, "register", register)
+    monkeypatch.setattr(adapter_rows, "examine", examine)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_demo_plan_is_generous(file: Path) -> None:
 
 
 def test_the_keys_work_and_the_operator_may_operate(file: Path) -> None:
-    from accounts.authentication import authenticate_credentials
+    from accounts.identity.authentication import authenticate_credentials
 
     demo.make_demo(file, BASE_URL)
     content = json.loads(file.read_text())
@@ -158,7 +158,7 @@ def test_each_tenant_has_an_adapter_and_both_have_one(file: Path) -> None:
         ("Bob's bookshop", "json-reply", 0),
         ("Bob's bookshop", "shakespeare", 1),
     }
-    adapters.revoke(Adapter.objects.get(name="json-reply"), Tenant.objects.get(name="Bob's bookshop"))
+    granting.revoke(Adapter.objects.get(name="json-reply"), Tenant.objects.get(name="Bob's bookshop"))
     demo.make_demo(file, BASE_URL)
     demo.make_demo(file, BASE_URL, renew=True)
     assert len(grants()) == 2
@@ -183,7 +183,7 @@ def test_an_adapter_that_is_refused_is_told(file: Path, monkeypatch: pytest.Monk
     def refuse(*_args: Any, **_options: Any) -> ExaminedAdapter:
         raise RegistrationError("adapter_without_effect", "it was not trained")
 
-    monkeypatch.setattr(adapters, "examine", refuse)
+    monkeypatch.setattr(adapter_rows, "examine", refuse)
     with pytest.raises(demo.DemoError, match="it was not trained"):
         demo.make_demo(file, BASE_URL)
 

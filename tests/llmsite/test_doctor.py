@@ -100,7 +100,35 @@ def test_llama_that_needs_another_processor_is_found() -> None:
     assert doctor.missing_cpu_features(info, frozenset({"avx2"})) == ["AVX512"]
     assert doctor.missing_cpu_features(info, frozenset({"avx2", "avx512f"})) == []
     assert doctor.missing_cpu_features(info, None) == []
-    assert levels(doctor.look_at_llama()) == ["ok"]
+    assert levels(doctor.look_at_llama()) == ["ok", "ok", "ok"]
+
+
+def test_what_the_build_leaves_of_the_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | AVX512 = 0 |"
+    monkeypatch.setattr(doctor, "processor_flags", lambda: frozenset({"avx", "avx2", "avx512f"}))
+    finding = doctor.look_at_processor(info)
+    assert finding.level == "warning" and "AVX512" in finding.text and "AVX2" in finding.text
+    monkeypatch.setattr(doctor, "processor_flags", lambda: frozenset({"avx", "avx2"}))
+    assert doctor.look_at_processor(info).level == "ok"
+    monkeypatch.setattr(doctor, "processor_flags", lambda: None)
+    assert "none was looked for" in doctor.look_at_processor(info).text
+
+
+def test_a_gpu_that_the_build_cannot_use_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0"
+    card.mkdir(parents=True)
+    (card / "information").write_text("Model: \t\t NVIDIA H200\nIRQ:   \t\t 42\n")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    seen = doctor.gpus(tmp_path)
+    assert seen[:2] == [("NVIDIA H200", "CUDA"), ("an AMD GPU", "HIP")]
+    assert doctor.gpus(tmp_path / "nothing") in ([], [("Apple's GPU", "METAL")])
+    monkeypatch.setattr(doctor, "gpus", lambda: seen)
+    finding = doctor.look_at_gpu("CPU : AVX = 1 | OFFLOADS = 0")
+    assert finding.level == "warning" and "NVIDIA H200" in finding.text and "-DGGML_CUDA=ON" in finding.mend
+    assert doctor.look_at_gpu("CPU : AVX = 1 | OFFLOADS = 1").level == "ok"
+    monkeypatch.setattr(doctor, "gpus", list)
+    assert "processors alone" in doctor.look_at_gpu("CPU : AVX = 1 | OFFLOADS = 0").text
 
 
 def test_llama_that_dies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +144,15 @@ def test_a_missing_llama_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor.metadata, "version", missing)
     assert levels(doctor.look_at_llama()) == ["warning"]
+
+
+def test_a_llama_with_amx_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'CPU : AMX_INT8 = 1 |'\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(doctor.sys, "executable", str(python))
+    finding = next(doctor.look_at_llama())
+    assert finding.level == "warning" and "AMX" in finding.text and "-U__AMX_INT8__" in finding.mend
 
 
 @pytest.mark.parametrize(("free", "level"), [(10**6, "error"), (10**9, "warning"), (10**12, "ok")])

@@ -119,6 +119,49 @@ def test_what_is_stamped_is_not_installed_again(tmp_path: Path, monkeypatch: pyt
     assert set(json.loads((tmp_path / "stamp.json").read_text())) == {"build", "worker", "demo", "dev"}
 
 
+def test_a_kept_llama_cpp_that_does_not_run_here_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pip's cache holds a wheel of another machine, or one with AMX."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+echo "$CFLAGS|$CXXFLAGS|$*" >> {tmp_path}/calls
+case "$*" in *print_system_info*) cat {tmp_path}/info; rm {tmp_path}/info; echo 'AMX_INT8 = 0' > {tmp_path}/info;; esac
+"""
+    )
+    python.chmod(0o700)
+    (tmp_path / "info").write_text("AVX512 = 1 | AMX_INT8 = 1 |")
+    monkeypatch.setattr(install, "PYTHON", python)
+    monkeypatch.setattr(install, "LOG", tmp_path / "log")
+    monkeypatch.setenv("CFLAGS", "-O2")
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    install.install("worker")
+    calls = [line.split("|") for line in (tmp_path / "calls").read_text().splitlines()]
+    installs = [(c, cxx) for c, cxx, call in calls if " install " in call]
+    assert installs == [("-O2 -U__AMX_INT8__", "-U__AMX_INT8__")] * 2
+    assert [call.split()[3:5] for _, _, call in calls if "install" in call and " install " not in call] == [
+        ["uninstall", "--yes"]
+    ]
+    assert any("cache remove llama_cpp_python" in call for _, _, call in calls)
+    assert "compiled anew" in capsys.readouterr().out
+    (tmp_path / "calls").unlink()
+    install.install("demo")  # has nothing that is compiled
+    assert "print_system_info" not in (tmp_path / "calls").read_text()
+
+
+def test_a_llama_cpp_that_does_not_run_however_it_is_compiled_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *print_system_info*) kill -ILL $$;; esac\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(install, "PYTHON", python)
+    monkeypatch.setattr(install, "LOG", tmp_path / "log")
+    with pytest.raises(install.InstallError, match="doctor"):
+        install.install("worker")
+
+
 def test_an_old_python_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "version_of", lambda path: (3, 9, 2))
     with pytest.raises(install.InstallError, match=r"3\.11 or newer"):

@@ -107,3 +107,50 @@ def test_the_verbs_that_skip_django_are_listed_all_the_same() -> None:
         assert get_commands()[verb] == "llmsite"
         parser = load_command_class("llmsite", verb).create_parser("manage.py", verb)
         assert "--demo" in parser.format_help() or "--json" in parser.format_help()
+
+
+STRONG = "a secret of the tests of more than fifty characters in all"
+FACING_THE_WORLD = {
+    "HOST": "0.0.0.0",
+    "ALLOWED_HOSTS": "llm.example.org",
+    "SECURE_COOKIES": "true",
+    "HSTS_SECONDS": "3600",
+    "TRUSTED_PROXIES": "10.0.0.2",
+    "SECRET_KEY": STRONG,
+    "KEY_PEPPER": f"1:{STRONG}",
+    "DEBUG": "false",
+}
+BEHIND_A_PROXY_OF_THIS_MACHINE = {**FACING_THE_WORLD, "HOST": "127.0.0.1", "TRUSTED_PROXIES": "127.0.0.1"}
+
+
+def start(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize("place", [FACING_THE_WORLD, BEHIND_A_PROXY_OF_THIS_MACHINE], ids=["beyond", "proxy"])
+def test_an_installation_as_it_faces_the_world_passes_the_deployment_checks(place: dict[str, str]) -> None:
+    done = start(["manage.py", "check", "--deploy", "--fail-level", "WARNING"], place)
+    assert done.returncode == 0, done.stderr
+    assert "no issues" in done.stdout
+
+
+@pytest.mark.parametrize("place", [FACING_THE_WORLD, BEHIND_A_PROXY_OF_THIS_MACHINE], ids=["beyond", "proxy"])
+@pytest.mark.parametrize(
+    ("unsafe", "words"),
+    [
+        ({"DEBUG": "true"}, "DEBUG is on while"),
+        ({"ALLOWED_HOSTS": "llm.example.org,*"}, "ALLOWED_HOSTS is * while"),
+        ({"SECRET_KEY": "changeme"}, "SECRET_KEY is guessable while"),
+        ({"SECRET_KEY": "django-insecure-0123456789abcdefghijklmnopqrstuv"}, "SECRET_KEY is guessable while"),
+    ],
+    ids=["debug", "hosts", "short", "default"],
+)
+def test_an_unsafe_web_does_not_start(place: dict[str, str], unsafe: dict[str, str], words: str) -> None:
+    """The web process itself, which compose files and other process managers start without `up`."""
+    done = start(["-m", "llmsite.processes.web"], {**place, **unsafe})
+    assert done.returncode == 78
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert unsafe.get("SECRET_KEY", STRONG) not in done.stderr

@@ -16,6 +16,7 @@ import pytest
 from llmsite.config import Config
 from llmsite.processes import supervisor
 from tests.conftest import REPOSITORY, free_port
+from tests.timing import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
 
@@ -61,7 +62,7 @@ class Site:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
-        return self.process.wait(timeout=15)
+        return self.process.wait(timeout=PATIENCE_SECONDS)
 
 
 def is_alive(pid: int) -> bool:
@@ -71,7 +72,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(is_true: Callable[[], bool], explain: Callable[[], str] = str, seconds: float = 15.0) -> None:
+def wait_until(
+    is_true: Callable[[], bool], explain: Callable[[], str] = str, seconds: float = PATIENCE_SECONDS
+) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline, explain()
@@ -117,7 +120,7 @@ def test_the_embedded_valkey_is_private_and_durable(site: Site) -> None:
 
 def test_a_second_start_on_the_same_state_folder_is_refused(site: Site) -> None:
     second = Site(site.state)
-    assert second.process.wait(timeout=10) == 1
+    assert second.process.wait(timeout=PATIENCE_SECONDS) == 1
     assert f"already runs on {site.state} (process {site.process.pid})" in site.said
     assert is_alive(site.pid("web"))
 
@@ -126,14 +129,14 @@ def test_a_start_on_a_taken_port_is_refused_before_anything_runs(tmp_path: Path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused = Site(tmp_path / "state", PORT=str(port))
-        assert refused.process.wait(timeout=10) == 1
+        assert refused.process.wait(timeout=PATIENCE_SECONDS) == 1
     assert f"Port {port} is taken" in refused.said
     assert not (tmp_path / "state" / "valkey").exists()
 
 
 def test_wrong_settings_are_listed_and_nothing_is_started(tmp_path: Path) -> None:
     refused = Site(tmp_path / "state", PORT="70000", DRAIN_SECONDS="soon")
-    assert refused.process.wait(timeout=10) == supervisor.EXIT_CONFIG
+    assert refused.process.wait(timeout=PATIENCE_SECONDS) == supervisor.EXIT_CONFIG
     assert "- PORT: " in refused.said
     assert "- DRAIN_SECONDS: " in refused.said
 
@@ -144,6 +147,13 @@ def test_a_child_that_dies_is_started_again(site: Site) -> None:
     wait_until(lambda: site.pid("worker") != first and is_alive(site.pid("worker")), lambda: site.said)
     assert "worker ended (signal SIGKILL); starting it again in 0.2 s." in site.said
     assert not is_alive(grandchild)
+
+
+def test_a_worker_that_ends_itself_because_it_is_stuck_is_started_again(site: Site) -> None:
+    first = site.pid("worker")
+    (site.state / "stuck").touch()
+    wait_until(lambda: site.pid("worker") != first and is_alive(site.pid("worker")), lambda: site.said)
+    assert "worker ended (status 75); starting it again in 0.2 s." in site.said
 
 
 def test_valkey_is_started_again_too(site: Site) -> None:
@@ -159,7 +169,7 @@ def test_valkey_is_started_again_too(site: Site) -> None:
 def test_a_stop_goes_from_the_web_to_valkey_and_leaves_nobody(site: Site, number: signal.Signals) -> None:
     pids = site.pids()
     site.process.send_signal(number)
-    assert site.process.wait(timeout=15) == 0
+    assert site.process.wait(timeout=PATIENCE_SECONDS) == 0
     assert (site.state / "order").read_text().split() == ["web", "worker", "beat"]
     assert not [name for name, pid in pids.items() if is_alive(pid)]
 
@@ -169,14 +179,14 @@ def test_a_child_that_does_not_leave_is_killed_in_bounded_time(site: Site) -> No
     (site.state / "stubborn").touch()
     started = time.monotonic()
     assert site.stop() == 0
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 15, "each has a second"
     assert not [name for name, pid in pids.items() if is_alive(pid)]
 
 
 def test_kill_9_of_the_supervisor_leaves_no_orphan(site: Site) -> None:
     pids = site.pids()
     site.process.kill()
-    site.process.wait(timeout=5)
+    site.process.wait(timeout=PATIENCE_SECONDS)
     wait_until(
         lambda: not any(map(is_alive, pids.values())), lambda: str({n: p for n, p in pids.items() if is_alive(p)})
     )

@@ -1,4 +1,4 @@
-"""One running site with the real model, for the tests of llama.cpp's dialect over HTTP."""
+"""The real model's tokenizer, and one running site with that model, for the tests of llama.cpp's dialect over HTTP."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from typing import Any
 import httpx
 import pytest
 
+from inference.engine.tokenizer import Tokenizer
 from tests.conftest import Site, running_site
 from tests.in_process import wait_until
 from tests.llamacpp_calls import complete
 
-DRAFTS = {"draft_kind": "model", "draft_model": "smollm2-135m", "draft_policy": "always", "draft_n_max": 8}
+DRAFTS = {"draft_kind": "model", "draft_model": "smollm2-135m", "draft_policy": "always", "draft_n_max": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "narrow": {"n_ctx": 64, "n_slots": 1, **DRAFTS},
     "drafted": {"n_ctx": 256, "n_slots": 2, **DRAFTS},
 }
 """Beside the demo's own: one of a short context and a single slot, and one with room for two."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
+    tokenizer = Tokenizer.load(model_path)
+    yield tokenizer
+    tokenizer.free()
 
 
 @dataclass(frozen=True)

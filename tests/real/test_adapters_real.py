@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import random
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from accounts.models import Plan, Tenant
-from inference import adapters, registry, trial_adapter, trial_load
-from inference.adapter_file import Base, check_adapter, inspect_adapter
-from inference.gguf import read_header
-from inference.inspection import RegistrationError
+from inference.catalog import adapters, registry
+from inference.gguf.header import read_header
 from inference.models import Adapter, AdapterGrant
-from inference.trial import Trial, TrialError
+from inference.vetting import trial_adapter, trial_load
+from inference.vetting.adapter_file import Base, check_adapter, inspect_adapter
+from inference.vetting.inspection import RegistrationError
+from inference.vetting.trial import Trial, TrialError
 from llmsite import demo
 from tests.inference import gguf_files
+from tests.timing import Stopwatch
 
 pytestmark = [pytest.mark.model, pytest.mark.integration]
 SHAKESPEARE = demo.ADAPTER_FOLDER / "smollm2-135m-shakespeare.gguf"
@@ -85,7 +86,7 @@ def test_the_demo_registers_and_grants_both(tmp_path: Path) -> None:
     served = registry.every()[0]
     assert adapters.granted(charlie.pk, served) == ()
     bob = Tenant.objects.get(name="Bob's bookshop")
-    both = adapters.resolve_vector(bob.pk, served, [("json-reply", 0.5), (1, 0.5)])
+    both = adapters.choose(bob.pk, served, [("json-reply", 0.5), (1, 0.5)]).vector
     assert both == tuple((row.digest, 0.5) for row in Adapter.objects.order_by("digest"))
 
 
@@ -137,14 +138,14 @@ def test_damaged_headers_end_in_a_reason_within_two_seconds(tmp_path: Path, mode
     outcomes = {"passed": 0, "refused": 0}
     for number, head in enumerate(gguf_files.damaged(original[: header.data_offset], seed=21, count=600)):
         path.write_bytes(head + original[header.data_offset : header.data_offset + 4096 * (number % 2)])
-        began = time.monotonic()
+        watch = Stopwatch()
         try:
             check_adapter(path, model_path)
             outcomes["passed"] += 1
         except RegistrationError as error:
             assert error.message
             outcomes["refused"] += 1
-        assert time.monotonic() - began < 2
+        assert watch.seconds() < 2
     assert outcomes["refused"] == 600
 
 

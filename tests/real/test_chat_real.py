@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.chat.probing import examine
 from inference.chat.prompt import ChatPrompt, ChatTemplate, Message, ToolCall
 from inference.engine.tokenizer import Tokenizer
-from inference.gguf import read_header, write_vocabulary_only
+from inference.gguf.header import read_header, write_vocabulary_only
 from inference.tokenizers.pool import TokenizerPool
 from tests.inference.chat import templates
 from tests.inference.chat.templates import LLAMA_3, TAGS

@@ -10,17 +10,18 @@ from typing import Any
 import jsonschema
 import pytest
 
-from accounts.refusals import Refusal
-from inference import doorbell, registry
-from inference.admission import admit
+from accounts.trail.refusals import Refusal
+from inference.catalog import registry
+from inference.catalog.served import Served
 from inference.engine import Backend, LlamaBackend, SamplingParams
 from inference.engine.tokenizer import Tokenizer
-from inference.grammars import grammar_from, verdicts
-from inference.inspection import vocabulary_path
+from inference.intake.admission import admit
+from inference.intake.grammars import grammar_from, verdicts
 from inference.models import Receipt
-from inference.registry import Served
-from inference.stream import StreamEvent
 from inference.tokenizers.pool import grammar_pool
+from inference.transport import doorbell
+from inference.transport.stream import StreamEvent
+from inference.vetting.inspection import vocabulary_path
 from tests.inference.flow import (
     admitted,
     events,

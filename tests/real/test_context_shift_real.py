@@ -20,13 +20,6 @@ ENDLESS = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
-
-
-@pytest.fixture(scope="module")
 def backend(model_path: Path) -> Iterator[LlamaBackend]:
     backend = LlamaBackend.load(model_path, n_ctx=64, n_slots=4, n_threads=2)
     yield backend

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from inference import demo_adapters, registry
+from inference import demo_adapters
+from inference.catalog.served import snapshot
 from inference.engine import EngineError, FinishReason, LlamaBackend, SamplingParams
 from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.engine import Engine
@@ -19,8 +20,8 @@ from inference.engine.llama import DraftModel
 from inference.engine.speculative import Ask, PromptLookup, Proposer
 from inference.engine.tokenizer import Tokenizer
 from inference.engine.types import Decoding, Receipt, Speculation
-from inference.hosted import HostedModel, load_backend
 from inference.models import ServedModel
+from inference.worker.hosted import HostedModel, load_backend
 from tests.engine.cast import EventLog, Rehearsed, make_request
 
 from .test_engine_real import GREEDY, Run
@@ -38,13 +39,6 @@ GLASS = "Look in thy glass"
 
 def always(num_min: int = 0, num_max: int = 16) -> DraftSettings:
     return DraftSettings(num_min=num_min, num_max=num_max, policy=DraftPolicy.ALWAYS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +176,25 @@ def test_a_full_context_is_never_overrun(model_path: Path, tokenizer: Tokenizer)
             assert tokens == expected
             assert receipt.prompt_tokens + receipt.completion_tokens == 64
         assert receipt.accepted_tokens == len(expected) - 2
+    finally:
+        draft.free()
+        backend.free()
+
+
+def test_shifts_change_no_token_and_drafts_go_on_behind_them(model_path: Path, tokenizer: Tokenizer) -> None:
+    backend = LlamaBackend.load(model_path, n_ctx=64, n_slots=1, n_threads=2, max_draft_tokens=16)
+    draft = DraftModel.load(model_path, backend, n_threads=2)
+    endless = SamplingParams(temperature=0.0, ignore_eos=True)
+    shifting = Decoding(context_shift=True, num_keep=4)
+    fields: dict[str, Any] = {"max_tokens": 160, "sampling": endless, "decoding": shifting}
+    try:
+        expected, _ = answer(backend, tokenizer, LIFE, **fields)
+        assert len(expected) == 160
+        for proposer in (PromptLookup(), draft):
+            tokens, receipt = answer(backend, tokenizer, LIFE, proposer, always(num_max=4), **fields)
+            assert tokens == expected
+            assert receipt.is_truncated
+        assert receipt.accepted_tokens > 100
     finally:
         draft.free()
         backend.free()
@@ -336,9 +349,10 @@ def test_a_worker_loads_the_model_and_who_guesses_for_it(
     large = ServedModel(pk=1, name="large", path=str(model_path), digest="a" * 64, n_ctx=128, n_slots=1, n_threads=2)
     large.draft_kind, large.draft_model, large.draft_n_max, large.draft_policy = "model", small, 4, "always"
     log = EventLog()
-    model = HostedModel(registry.snapshot(large), load=load_backend, sink=log, read_adapters=lambda _served: [])
+    model = HostedModel(snapshot(large), load=load_backend, sink=log, read_adapters=lambda _served: [])
     try:
         prompt = tuple(tokenizer.encode(LIFE, add_special=True))
+        model.load()
         model.submit(make_request("r", prompt=prompt, max_tokens=16))
         log.wait_finished("r", seconds=120)
         receipt, stats = log.finished["r"].receipt, model.stats()

@@ -32,13 +32,6 @@ def resident_mib() -> float:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
-
-
-@pytest.fixture(scope="module")
 def backend(model_path: Path) -> Iterator[LlamaBackend]:
     """Six slots, with both adapters loaded after the first steps."""
     backend = LlamaBackend.load(model_path, n_ctx=512, n_slots=6, n_threads=2)

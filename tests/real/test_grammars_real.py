@@ -24,7 +24,7 @@ from inference.engine import (
 from inference.engine.backend import Chosen
 from inference.engine.llama import samplers
 from inference.engine.tokenizer import Tokenizer
-from inference.grammars import grammar_from
+from inference.intake.grammars import grammar_from
 from tests.real.test_engine_real import Run
 from tests.structured.corpus import EXAMPLES
 
@@ -37,13 +37,6 @@ PERSON = {
     "properties": {"name": {"type": "string", "maxLength": 16}, "age": {"type": "integer", "maximum": 120}},
     "required": ["name", "age"],
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
 
 
 @pytest.fixture(scope="module")

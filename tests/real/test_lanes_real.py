@@ -27,13 +27,6 @@ ENDLESS = SamplingParams(temperature=0.0, ignore_eos=True)
 SLOTS = 8
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
-
-
 @pytest.fixture
 def log() -> EventLog:
     return EventLog()

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
         "invalid_request_error",
     ),
     "media": ({"prompt": {"prompt_string": "<image>", "multimodal_data": ["AAAA"]}}, 400, "invalid_request_error"),
-    "an unknown field": ({"prompt": "One", "wishes": 3}, 400, "invalid_request_error"),
+    "a template": ({"prompt": "One", "chat_template": "{{ messages }}"}, 400, "invalid_request_error"),
     "a temperature in words": ({"prompt": "One", "temperature": "hot"}, 400, "invalid_request_error"),
     "infinitely many": ({"prompt": "One", "n_predict": 10**12}, 400, "invalid_request_error"),
     "hundreds of answers": ({"prompt": "One", "n": 500}, 400, "invalid_request_error"),
@@ -170,6 +170,53 @@ def test_a_grammar_whose_tokens_are_banned_has_no_answer_and_costs_nothing(llama
     answer = complete(llama_site.alice, "One", grammar='root ::= "a"', logit_bias=[[letter, False]])
     assert "grammar" in error_of(answer, 400)["message"]
     assert complete(llama_site.alice, "One", n_predict=1).status_code == 200
+
+
+def test_a_text_that_is_banned_is_not_said(llama_site: LlamaSite) -> None:
+    """By its text as by the ids of its tokens, in pairs and by names."""
+    alice = llama_site.alice
+    plain = complete(alice, SEA, return_tokens=True).json()
+    word = alice.post("/detokenize", json={"tokens": plain["tokens"][:1]}).json()["content"]
+    (token,) = alice.post("/tokenize", json={"content": word}).json()["tokens"]
+    by_id = complete(alice, SEA, logit_bias=[[token, False]], return_tokens=True).json()
+    assert token not in by_id["tokens"]
+    assert plain["tokens"][0] == token
+    for bias in ([[word, False]], {word: False}):
+        assert complete(alice, SEA, logit_bias=bias, return_tokens=True).json()["tokens"] == by_id["tokens"]
+
+
+def test_pieces_of_a_split_character_are_bytes(llama_site: LlamaSite) -> None:
+    text = "a \N{BRAIN} b"
+    body = {"content": text, "with_pieces": True}
+    found = llama_site.alice.post("/tokenize", json=body).json()["tokens"]
+    assert [each["id"] for each in found] == llama_site.alice.post("/tokenize", json={"content": text}).json()["tokens"]
+    assert {type(each["piece"]) for each in found} == {str, list}
+    pieces = (piece.encode() if isinstance(piece := each["piece"], str) else bytes(piece) for each in found)
+    assert b"".join(pieces).decode() == text
+    special = llama_site.alice.post("/tokenize", json={"content": "x", "add_special": True, "with_pieces": True})
+    assert special.json()["tokens"][-1]["piece"] == "x"
+
+
+def test_the_sampler_for_infill_is_bounded(llama_site: LlamaSite) -> None:
+    """It compares all candidates with each other: of the whole vocabulary, a token took more than half a minute."""
+    alone = complete(llama_site.alice, SEA, samplers=["infill"], seed=5).json()
+    bounded = complete(llama_site.alice, SEA, samplers=["top_k", "infill"], top_k=128, seed=5).json()
+    many = complete(llama_site.alice, SEA, samplers=["infill"] * 32, seed=5).json()
+    assert alone["content"] == bounded["content"] == many["content"]
+    named = complete(llama_site.alice, SEA, samplers=["top_k", "top_p", "infill"], seed=5).json()
+    lettered = complete(llama_site.alice, SEA, samplers="kpi", seed=5).json()
+    assert named["content"] == lettered["content"]
+    assert lettered["generation_settings"]["samplers"] == ["top_k", "top_p", "infill"]
+
+
+def test_an_answer_ends_at_a_line_that_is_not_indented(llama_site: LlamaSite) -> None:
+    listing = "def one():\n    a = 1\n    b = 2\n    c = 3\n    return"
+    plain = complete(llama_site.alice, listing, n_predict=32).json()["content"]
+    assert "\n" in plain
+    ended = complete(llama_site.alice, listing, n_predict=32, n_indent=4).json()
+    assert ended["stop_type"] == "limit"
+    assert plain.startswith(ended["content"])
+    assert all(line.startswith("    ") or not line.strip() for line in ended["content"].split("\n")[1:])
 
 
 def test_infill_needs_a_model_that_was_trained_for_it(llama_site: LlamaSite) -> None:

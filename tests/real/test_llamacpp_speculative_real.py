@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.llamacpp_calls import complete, stream
 from tests.real.conftest import LlamaSite
@@ -39,13 +41,44 @@ def test_drafts_do_not_change_the_tokens(llama_site: LlamaSite, sampling: dict[s
     assert answer(llama_site.alice, model="smollm2-135m", **sampling)["tokens"] == without["tokens"]
 
 
+BOUNDS = ((1, 2), (1, 4), (4, 8), (4, 12), (8, 16))
+
+
+def right_at(llama_site: LlamaSite) -> dict[int, float]:
+    """Guesses that were right until now, by their place in a draft from 1 on; once it has stood still for a second."""
+
+    def read() -> dict[int, float]:
+        text = httpx.get(f"{llama_site.site.base_url}/metrics").text
+        name = "llamacpp:spec_decode_num_accepted_tokens_per_pos_total"
+        samples = (each for family in text_string_to_metric_families(text) for each in family.samples)
+        found = [each for each in samples if each.name == name and each.labels["model_id"] == "drafted"]
+        return {int(each.labels["position"]) + 1: each.value for each in found}
+
+    seen = read()
+    while True:  # workers count twice a second
+        time.sleep(1.2)
+        if (now := read()) == seen:
+            return now
+        seen = now
+
+
+@pytest.mark.timeout(180)
 def test_every_length_of_drafts_gives_the_same_text(llama_site: LlamaSite) -> None:
-    contents = {
-        answer(llama_site.alice, **GREEDY, **{"speculative.n_min": least, "speculative.n_max": most})["content"]
-        for least, most in ((1, 2), (1, 4), (4, 8), (4, 12), (8, 16))
-    }
-    nested = answer(llama_site.alice, **GREEDY, speculative={"n_min": 1, "n_max": 2})
+    """And is really drafted: with bounds of 8 and 16 the 16th guess is verified, with less none behind n_max."""
+    contents, drafted = set(), {}
+    for least, most in BOUNDS:
+        before = right_at(llama_site)
+        bounds = {"speculative.n_min": least, "speculative.n_max": most}
+        found = answer(llama_site.alice, n_predict=64, ignore_eos=True, **GREEDY, **bounds)
+        after = right_at(llama_site)
+        contents.add(found["content"])
+        drafted[least, most] = found["timings"]["draft_n"]
+        longest = max(place for place in after if after[place] > before.get(place, 0))
+        assert longest == most, (least, most)
+    nested = answer(llama_site.alice, n_predict=64, ignore_eos=True, **GREEDY, speculative={"n_min": 1, "n_max": 2})
     assert contents == {nested["content"]}
+    assert nested["timings"]["draft_n"] == drafted[1, 2] > 0
+    assert drafted[1, 2] < drafted[8, 16]
 
 
 def test_the_draft_model_is_right_of_itself(llama_site: LlamaSite) -> None:
@@ -68,6 +101,7 @@ def test_drafts_do_not_exceed_the_context(llama_site: LlamaSite) -> None:
     assert body["tokens_evaluated"] == num_prompt
     assert body["tokens_predicted"] == N_CTX - num_prompt
     assert (body["stop_type"], body["truncated"]) == ("limit", True)
+    assert body["timings"]["draft_n"] > 0
     without = answer(llama_site.alice, FULL, model="narrow", n_predict=-1, speculative=False, **GREEDY)
     assert without["tokens"] == body["tokens"]
 
@@ -77,6 +111,8 @@ def test_with_a_context_shift_all_tokens_come(llama_site: LlamaSite) -> None:
     assert body["content"]
     assert (body["tokens_predicted"], body["truncated"]) == (64, True)
     assert body["tokens_cached"] < N_CTX
+    room = N_CTX - llama_site.count(FULL) - 1
+    assert body["timings"]["draft_n"] > sum(range(room)), "more than fits before the shift, one guess a step less"
     without = answer(llama_site.alice, FULL, model="narrow", n_predict=64, speculative=False, **GREEDY)
     assert without["tokens"] == body["tokens"]
 
@@ -86,5 +122,8 @@ def test_requests_at_once_wait_for_a_slot_and_are_answered(
     llama_site: LlamaSite, model: str, num_requests: int
 ) -> None:
     body = {"prompt": LIFE, "model": model, "n_predict": 16, "speculative.p_min": 0.0, **GREEDY}
-    contents = {each["content"] for each in llama_site.at_once(llama_site.alice, *[body] * num_requests)}
-    assert contents == {answer(llama_site.alice, model=model, speculative=False, **GREEDY)["content"]}
+    answers = llama_site.at_once(llama_site.alice, *[body] * num_requests)
+    assert all(each["timings"]["draft_n"] > 0 for each in answers)
+    assert {each["content"] for each in answers} == {
+        answer(llama_site.alice, model=model, speculative=False, **GREEDY)["content"]
+    }

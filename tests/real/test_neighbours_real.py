@@ -19,7 +19,8 @@ from inference import demo_adapters
 from inference.engine import AdapterVector, FinishReason, LlamaBackend, SamplingParams
 from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.engine import Engine
-from inference.engine.speculative import PromptLookup
+from inference.engine.llama import DraftModel
+from inference.engine.speculative import PromptLookup, Proposer
 from inference.engine.tokenizer import Tokenizer
 from inference.engine.types import Decoding, Speculation
 
@@ -76,13 +77,6 @@ CASES = [Case(*parts) for parts in product(range(min(NUM_PROMPTS, len(PROMPTS)))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
-
-
-@pytest.fixture(scope="module")
 def backend(model_path: Path) -> Iterator[LlamaBackend]:
     backend = LlamaBackend.load(
         model_path, n_ctx=256, n_slots=NUM_TOGETHER, n_threads=2, max_draft_tokens=16 * NUM_TOGETHER
@@ -93,23 +87,44 @@ def backend(model_path: Path) -> Iterator[LlamaBackend]:
     backend.free()
 
 
-def drafting(backend: LlamaBackend, tokenizer: Tokenizer) -> Run:
+@pytest.fixture(params=["prompt lookup", "draft model"])
+def proposer(request: pytest.FixtureRequest, model_path: Path, backend: LlamaBackend) -> Iterator[Proposer]:
+    """The model guesses for itself without its adapters: right where there are none, and wrong now and then."""
+    if request.param == "prompt lookup":
+        yield PromptLookup()
+        return
+    draft = DraftModel.load(model_path, backend, n_threads=2)
+    yield draft
+    draft.free()
+
+
+def drafting(backend: LlamaBackend, tokenizer: Tokenizer, proposer: Proposer) -> Run:
     run = Run(backend, tokenizer)
-    run.engine = Engine(backend, proposer=PromptLookup(), draft_settings=DraftSettings(policy=DraftPolicy.ALWAYS))
+    run.engine = Engine(backend, proposer=proposer, draft_settings=DraftSettings(policy=DraftPolicy.ALWAYS))
     return run
 
 
 def alone(backend: LlamaBackend, tokenizer: Tokenizer, case: Case) -> tuple[int, ...]:
-    run = drafting(backend, tokenizer)
+    """Without anybody who could guess."""
+    run = Run(backend, tokenizer)
     case.add_to(run, "r")
     return run.finish().tokens("r")
 
 
+@dataclass(frozen=True)
+class Company:
+    """Answers, and how many guesses were verified and right in all of them."""
+
+    answers: list[tuple[int, ...]]
+    num_drafted: int
+    num_accepted: int
+
+
 def in_company(
-    backend: LlamaBackend, tokenizer: Tokenizer, cases: Sequence[Case], chance: random.Random
-) -> list[tuple[int, ...]]:
+    backend: LlamaBackend, tokenizer: Tokenizer, proposer: Proposer, cases: Sequence[Case], chance: random.Random
+) -> Company:
     """The answers of up to NUM_ANSWERED cases that come one after the other, among others that leave at some step."""
-    run = drafting(backend, tokenizer)
+    run = drafting(backend, tokenizer, proposer)
     leavers = {f"leaver {number}": chance.choice(CASES) for number in range(NUM_TOGETHER - len(cases))}
     everybody = {str(number): case for number, case in enumerate(cases)} | leavers
     arrivals = {name: chance.randrange(6) for name in everybody}
@@ -125,20 +140,29 @@ def in_company(
         step += 1
     run.finish()
     assert any(run.finished(name).reason is FinishReason.CANCELLED for name in leavers)
-    return [run.tokens(str(number)) for number in range(len(cases))]
+    receipts = [run.finished(str(number)).receipt for number in range(len(cases))]
+    return Company(
+        [run.tokens(str(number)) for number in range(len(cases))],
+        sum(receipt.drafted_tokens for receipt in receipts),
+        sum(receipt.accepted_tokens for receipt in receipts),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600 if NUM_PROMPTS > 8 else 180)
-def test_an_answer_alone_is_the_answer_among_eight_neighbours(backend: LlamaBackend, tokenizer: Tokenizer) -> None:
+@pytest.mark.timeout(7200 if NUM_PROMPTS > 8 else 300)
+def test_an_answer_alone_is_the_answer_among_eight_neighbours(
+    backend: LlamaBackend, tokenizer: Tokenizer, proposer: Proposer
+) -> None:
     chance = random.Random(14)
     expected = {(case.prompt, case.vector): alone(backend, tokenizer, case) for case in CASES if not case.drafts}
-    different = []
+    different, num_drafted, num_accepted = [], 0, 0
     mixed = chance.sample(CASES, len(CASES))
     for first in range(0, len(mixed), NUM_ANSWERED):
         cases = mixed[first : first + NUM_ANSWERED]
-        answers = in_company(backend, tokenizer, cases, chance)
-        pairs = zip(cases, answers, strict=True)
+        company = in_company(backend, tokenizer, proposer, cases, chance)
+        num_drafted, num_accepted = num_drafted + company.num_drafted, num_accepted + company.num_accepted
+        pairs = zip(cases, company.answers, strict=True)
         different += [case for case, tokens in pairs if tokens != expected[case.prompt, case.vector]]
     assert not different
+    assert 0 < num_accepted < num_drafted, "guesses were verified, right ones and wrong ones"
     assert len({*expected.values()}) > len(expected) / 2, "the answers have something to differ in"

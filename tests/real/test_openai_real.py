@@ -78,6 +78,19 @@ def test_an_answer_that_was_begun_goes_on(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3])
+def test_a_stream_has_the_usage_of_the_whole_answer(client: openai.OpenAI, llama_site: LlamaSite, number: int) -> None:
+    """All of it, tokens that were held included, once the prompt is held."""
+    ask = {**ASK, "n": number, "seed": 6, "temperature": 1.0}
+    client.chat.completions.create(**ask)
+    whole = client.chat.completions.create(**ask).usage
+    found = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert whole is not None
+    assert whole.prompt_tokens_details is not None
+    assert whole.prompt_tokens_details.cached_tokens == whole.prompt_tokens - 1
+    assert found[-1].usage == whole
+
+
+@pytest.mark.parametrize("number", [1, 3])
 def test_streams_are_the_whole_answer_token_for_token(client: openai.OpenAI, number: int) -> None:
     ask = {**ASK, "n": number, "seed": 4, "temperature": 1.0, "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**ask)
@@ -89,9 +102,6 @@ def test_streams_are_the_whole_answer_token_for_token(client: openai.OpenAI, num
         tokens = [token.token for each in mine if each.logprobs for token in each.logprobs.content or ()]
         assert tokens == [token.token for token in choice.logprobs.content or ()]
         assert mine[-1].finish_reason == choice.finish_reason
-    assert found[-1].usage is not None
-    assert whole.usage is not None
-    assert found[-1].usage.completion_tokens == whole.usage.completion_tokens
     texts = {choice.message.content for choice in whole.choices}
     assert len(texts) == number
 
@@ -227,3 +237,24 @@ async def test_many_at_once_by_the_asynchronous_client(llama_site: LlamaSite) ->
 
         texts = await asyncio.gather(*(streamed() for _ in range(4)))
     assert set(texts) == {alone.choices[0].message.content}
+
+
+async def test_the_asynchronous_client_has_every_method(llama_site: LlamaSite) -> None:
+    """What the other client is asked for above: texts, streams, forms, calls."""
+    question: Any = [{"role": "user", "content": "Is Paris a large city? Answer in JSON."}]
+    async with async_sdk(llama_site.site.base_url, llama_site.site.key) as client:
+        ask: dict[str, Any] = {"model": MODEL, "prompt": SEA, "max_tokens": 12, "temperature": 0}
+        whole = await client.completions.create(**ask)
+        stream = await client.completions.create(**ask, stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream if chunk.choices]) == whole.choices[0].text
+        parsed = await client.chat.completions.parse(
+            model=MODEL, messages=question, temperature=0, max_tokens=100, response_format=Answer
+        )
+        assert isinstance(parsed.choices[0].message.parsed, Answer)
+        forced: dict[str, Any] = {**ASK, "max_tokens": 100, "tools": [WEATHER], "tool_choice": "required"}
+        calls = (await client.chat.completions.create(**forced)).choices[0].message.tool_calls or []
+        async with client.chat.completions.stream(**forced) as events:
+            final = await events.get_final_completion()
+        streamed = final.choices[0].message.tool_calls or []
+        arguments = [each.function.arguments for each in calls if each.type == "function"]
+        assert [each.function.arguments for each in streamed] == arguments != []

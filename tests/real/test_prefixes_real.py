@@ -11,7 +11,7 @@ import pytest
 
 from inference.engine import LlamaBackend
 from inference.engine.llama.library import accept, native
-from inference.structured import to_grammar
+from tests.structured.compiling import to_grammar
 from tests.structured.corpus import EXAMPLES
 from tests.structured.grammars import FINE
 
@@ -41,7 +41,7 @@ def test_the_same_tokens_are_allowed_at_every_place_of_a_text(backend: LlamaBack
     for _ in range(NUM_STEPS):
         of_all = backend._candidates.allowed(sampler, None)
         expected = of_all[~np.isin(of_all, silent)].tolist()
-        assert backend._candidates.allowed(sampler, backend._prefixes).tolist() == expected
+        assert backend._candidates.allowed(sampler, backend._model.prefixes).tolist() == expected
         going_on = [token for token in expected if not backend.is_end(token)]
         if not going_on:
             break

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import pytest
 
 from inference.engine import Delta, FinishReason, LlamaBackend, SamplingParams, SlotWork, TokenProbs
+from inference.engine.llama import samplers
+from inference.engine.llama.candidates import log_softmax, most_probable
 from inference.engine.llama.library import native
 from inference.engine.tokenizer import Tokenizer
 from tests.real.test_engine_real import GREEDY, Run
@@ -20,13 +22,6 @@ from tests.real.test_engine_real import GREEDY, Run
 pytestmark = pytest.mark.model
 
 TEXT = "The capital of France is"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +103,65 @@ def test_asking_for_them_changes_no_token(run: Run) -> None:
     run.finish()
     assert run.tokens("raw") == run.tokens("none")
     assert run.tokens("left") == run.tokens("none")
+
+
+def scores_of(kind: str, n_vocab: int) -> npt.NDArray[np.float32]:
+    chance = np.random.default_rng(len(kind))
+    scores = (4 * chance.standard_normal(n_vocab)).astype(np.float32)
+    some = chance.integers(1, n_vocab, 500)
+    if kind == "equals":
+        scores = np.round(scores)
+    elif kind == "zeros of either sign":
+        scores = np.where(scores > 0, np.float32(-0.0), np.minimum(scores, 0.0))
+        scores[some] = 0.0
+    elif kind == "nothing possible":
+        scores[:] = -math.inf
+    elif kind == "a last one":
+        scores[:-1] = -math.inf
+    elif kind == "infinite":
+        scores[some] = math.inf
+    elif kind == "no numbers":
+        scores[some] = math.nan
+    elif kind == "none at first":
+        scores[0] = math.nan
+    return scores
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "any", "equals", "zeros of either sign", "nothing possible", "a last one", "infinite", "no numbers",
+        "none at first",
+    ],
+)  # fmt: skip
+def test_the_highest_score_is_the_token_that_llama_cpp_takes(
+    backend: LlamaBackend, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, candidates = scores_of(kind, backend.n_vocab), backend._candidates
+    backend.open(0, (1, 2), GREEDY, seed=0)
+    sampler, asked = backend._samplers[0], []
+    monkeypatch.setattr(candidates, "logits", lambda _context, _row: scores)
+    candidates.fill(None, 0)
+    expected = candidates.choose(sampler._chain)
+
+    def sample(*_: Any) -> int | None:
+        asked.append(kind)
+        return expected
+
+    monkeypatch.setattr(samplers, "sample", sample)
+    assert sampler.choose(None, 0).tokens == (expected,)
+    assert bool(asked) == bool(np.isnan(scores).any())
+    backend.close(0)
+
+
+def test_log_probabilities_are_those_of_the_whole_vocabulary_to_the_last_bit() -> None:
+    for kind in ("any", "equals", "zeros of either sign", "a last one"):
+        scores = scores_of(kind, 50_000)
+        whole = scores.astype(np.float64)
+        whole -= whole.max()
+        whole -= math.log(np.exp(whole).sum())
+        assert log_softmax(scores, range(0, 50_000, 7)) == whole[::7].tolist()
+        assert most_probable(scores, 40) == most_probable(whole, 40)
 
 
 def test_the_greedy_choice_is_the_most_probable(run: Run) -> None:

@@ -25,13 +25,6 @@ BOB: dict[str, Any] = {"cache_scope": "bob"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
-
-
-@pytest.fixture(scope="module")
 def backend(model_path: Path) -> Iterator[LlamaBackend]:
     backend = LlamaBackend.load(model_path, n_ctx=512, n_slots=8, n_threads=2)
     backend.load_adapter("poet", POET)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,10 @@ ENDLESS = SamplingParams(temperature=0.0, ignore_eos=True)
 N_CTX, N_SLOTS = 640, 2
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer.load(model_path)
-    yield tokenizer
-    tokenizer.free()
-
-
 @pytest.fixture
 def real_site(site: InProcessSite, model_path: Path) -> InProcessSite:
     """The site with a worker that holds the real model alone."""
-    from inference import registry
+    from inference.catalog import registry
     from inference.models import ServedModel
 
     site.stop_worker()
@@ -46,7 +38,7 @@ def real_site(site: InProcessSite, model_path: Path) -> InProcessSite:
 
 def start(site: InProcessSite) -> None:
     from accounts import redis_client
-    from inference.worker import WorkerHost
+    from inference.worker.worker import WorkerHost
 
     def load(served: Any) -> LlamaBackend:
         return LlamaBackend.load(served.path, n_ctx=served.n_ctx, n_slots=served.n_slots, n_threads=served.n_threads)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.tokenizers.pool import TokenizerPool
 
 pytestmark = pytest.mark.model

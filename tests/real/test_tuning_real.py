@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from django.core.management import call_command
 
-from inference import adapters, registry
+from inference.catalog import adapter_rows, adapters, model_rows, registry
 from inference.engine.types import Finished, GenerationRequest, SamplingParams, TokenEvent
-from inference.gguf import read_header
-from inference.hosted import HostedModel, load_backend
+from inference.gguf.header import read_header
 from inference.models import Adapter, ServedModel
 from inference.tuning.choice import Settings
 from inference.tuning.formats import FORMATS, defaults
 from inference.tuning.steps import NativeSteps, StepFailed
+from inference.worker.hosted import HostedModel, load_backend
 from llmsite import demo
 
 pytestmark = [pytest.mark.model, pytest.mark.integration]
@@ -63,6 +63,7 @@ def answer(adapter: str | None = None) -> tuple[str, list[str]]:
     model = HostedModel(served, load=load_backend, sink=sink)
     vector = ((Adapter.objects.get(name=adapter).digest, 1.0),) if adapter else ()
     try:
+        model.load()
         model.submit(
             GenerationRequest(
                 request_id="one",
@@ -84,11 +85,11 @@ def answer(adapter: str | None = None) -> tuple[str, list[str]]:
         model.unload()
 
 
-@pytest.mark.django_db
+@pytest.mark.django_db(transaction=True)  # the worker's code closes its thread's connection, and here it is this one
 @pytest.mark.usefixtures("_fresh")
 def test_a_variant_is_made_activated_served_with_an_adapter_and_reverted(model_path: Path, tmp_path: Path) -> None:
-    row = registry.register(model_path, "smollm2", n_ctx=256, n_slots=2)
-    adapters.register(SHAKESPEARE, row, "shakespeare", visibility="shared")
+    row = model_rows.register(model_path, "smollm2", n_ctx=256, n_slots=2)
+    adapter_rows.register(SHAKESPEARE, row, "shakespeare", visibility="shared")
     result = call(
         "optimize_model",
         "smollm2",
@@ -103,8 +104,9 @@ def test_a_variant_is_made_activated_served_with_an_adapter_and_reverted(model_p
     before = answer()
     name = _variant_of(row, result, tmp_path)
     assert call("activate_variant", "smollm2", name)["changed"] is True
-    assert (answer()[0], answer("shakespeare")[0]) == ("Q4_0", "Q4_0")
-    assert answer("shakespeare")[1] != answer()[1]
+    plain, styled = answer(), answer("shakespeare")
+    assert (plain[0], styled[0]) == ("Q4_0", "Q4_0")
+    assert plain[1] != styled[1]
     call("activate_variant", "smollm2", "--revert")
     assert answer() == before
 
@@ -113,7 +115,7 @@ def _variant_of(row: ServedModel, result: Any, folder: Path) -> str:
     """On a busy machine a format may not measure faster; then the same file is kept by hand."""
     if result["variant"] and result["chosen_format"]:
         return str(result["variant"]["name"])
-    from inference import variants
+    from inference.catalog import variants
 
     path = folder / "by-hand.gguf"
     native().quantize(Path(row.path), path, FORMATS["Q4_0"], 300 << 20, 120, silent)

@@ -23,5 +23,16 @@ def test_accounts_work_on_postgresql(run_on_services: Callable[..., None]) -> No
     )
 
 
+def test_days_prices_and_limits_for_a_time_hold_on_postgresql(run_on_services: Callable[..., None]) -> None:
+    run_on_services(
+        "tests/accounts/test_days.py",
+        "tests/accounts/test_prices.py",
+        "tests/accounts/test_limit_rules.py",
+        "tests/accounts/test_many_keys.py",
+        "tests/inference/test_housekeeping.py",
+        "tests/inference/api/test_usage_api.py",
+    )
+
+
 def test_two_processes_share_a_quota_on_postgresql(run_on_services: Callable[..., None]) -> None:
     run_on_services("tests/accounts/test_quota_processes.py")

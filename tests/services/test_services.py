@@ -11,3 +11,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 def test_the_suite_also_stands_on_postgresql_and_redis(run_on_services: Callable[..., None]) -> None:
     run_on_services("tests/llmsite/test_suite.py", "-k", "not valkey_of_its_own")
+
+
+def test_no_list_asks_postgresql_more_often_among_more_rows(run_on_services: Callable[..., None]) -> None:
+    run_on_services("tests/llmsite/test_lists.py")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from inference.structured import SchemaError, to_grammar
+from inference.structured import SchemaError
+from tests.structured.compiling import to_grammar
 
 pytestmark = pytest.mark.unit
 

@@ -11,14 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.structured import (
-    SchemaError,
-    compile_schema,
-    compile_within,
-    json_object_grammar,
-    max_length,
-    to_grammar,
-)
+from inference.structured import JsonForm, SchemaError, fit
+from inference.structured.json_schema import Bounds
+from tests.structured.compiling import compile_schema, to_grammar
 from tests.structured.corpus import BASED, EXAMPLES, EXPRESSION, LINKED, ORDER, PERSON, PHONE, SHAPE, TREE, Example
 from tests.structured.derivations import Matcher, Sampler
 
@@ -81,7 +76,7 @@ def _num_texts(schema: dict[str, Any]) -> int:
 
 
 def test_any_object_is_an_object_of_bounded_depth() -> None:
-    grammar = json_object_grammar(max_depth=1)
+    grammar = to_grammar({"type": "object"}, Bounds(max_depth=1))
     matcher, sampler = Matcher(grammar), Sampler(grammar, seed=5)
     assert all(isinstance(json.loads(sampler.text()), dict) for _ in range(200))
     assert matcher.matches('{"a": [1, -2.5e3, "x"], "b": {"c": null}}')
@@ -252,29 +247,27 @@ def test_one_of_is_told_apart_by_keys_constants_and_ranges() -> None:
         assert_valid(schema, [sampler.text() for _ in range(100)])
 
 
-def test_options_bound_what_the_schema_leaves_open_and_nothing_else() -> None:
-    assert max_length({"type": "string"}, max_string=10) == 2 + 2 * 10
-    assert max_length({"type": "string", "maxLength": 30}, max_string=10) == 2 + 2 * 30
-    assert max_length({"type": "array", "items": {"const": 1}}, max_items=3) == len("[1, 1, 1]")
-    assert max_length({"type": "integer"}, max_digits=4) == len("-9999")
-    assert max_length(LINKED, max_recursion=1) < max_length(LINKED, max_recursion=2)
+def test_bounds_are_for_what_the_schema_leaves_open_and_nothing_else() -> None:
+    def longest(schema: dict[str, Any], **bounds: Any) -> int:
+        return compile_schema(schema, Bounds(**bounds)).max_length
+
+    assert longest({"type": "string"}, max_string=10) == 2 + 2 * 10
+    assert longest({"type": "string", "maxLength": 30}, max_string=10) == 2 + 2 * 30
+    assert longest({"type": "array", "items": {"const": 1}}, max_items=3) == len("[1, 1, 1]")
+    assert longest({"type": "integer"}, max_digits=4) == len("-9999")
+    assert longest(LINKED, max_recursion=1) < longest(LINKED, max_recursion=2)
     with pytest.raises(ValueError, match="max_depth must be between 1 and 8"):
-        to_grammar({}, max_depth=9)
+        Bounds(max_depth=9)
 
 
 @pytest.mark.parametrize("schema", [PERSON, TREE, ORDER, {"type": "object"}, {"type": "string", "maxLength": 900}])
 def test_a_grammar_within_a_length_never_needs_more(schema: dict[str, Any]) -> None:
-    compiled = compile_within(schema, 1_200)
+    compiled = fit(JsonForm(json.dumps(schema).encode()), 1_200)
     assert compiled.max_length <= 1_200
     sampler = Sampler(compiled.grammar, seed=9)
     texts = [sampler.text() for _ in range(100)]
     assert_valid(schema, texts)
     assert max(map(len, texts)) <= 1_200
-
-
-def test_a_length_too_short_for_any_answer_is_refused() -> None:
-    with pytest.raises(SchemaError, match="are left"):
-        compile_within(PERSON, 20)
 
 
 def test_an_ordinary_schema_is_compiled_quickly() -> None:

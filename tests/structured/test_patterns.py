@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.structured import SchemaError, to_grammar
+from inference.structured import SchemaError
+from inference.structured.json_schema import Bounds
+from tests.structured.compiling import to_grammar
 from tests.structured.derivations import Matcher, Sampler
 
 pytestmark = pytest.mark.unit
@@ -35,7 +37,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize(("pattern", "texts"), PATTERNS.items())
 def test_every_text_matches_and_known_ones_are_accepted(pattern: str, texts: list[str]) -> None:
-    grammar = to_grammar({"type": "string", "pattern": pattern}, max_string=40)
+    grammar = to_grammar({"type": "string", "pattern": pattern}, Bounds(max_string=40))
     sampler, matcher = Sampler(grammar, seed=3), Matcher(grammar)
     for _ in range(100):
         value = json.loads(sampler.text())
@@ -71,7 +73,7 @@ def test_lengths_that_no_match_has_are_refused(pattern: str, low: int, high: int
 @given(st.text(alphabet='ab1^$.|()[]{}*+?\\dwsx-,é"', max_size=14))
 def test_any_pattern_is_kept_or_refused(pattern: str) -> None:
     try:
-        grammar = to_grammar({"type": "string", "pattern": pattern}, max_string=12)
+        grammar = to_grammar({"type": "string", "pattern": pattern}, Bounds(max_string=12))
     except SchemaError:
         return
     sampler = Sampler(grammar, seed=8)

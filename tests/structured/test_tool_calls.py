@@ -9,7 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from inference.structured import TOOL_CALL_FORMATS, SchemaError, compile_tool_calls, tool_call_grammar
+from inference.structured import TOOL_CALL_FORMATS, SchemaError
+from tests.structured.compiling import compile_calls
 from tests.structured.corpus import EXAMPLES
 from tests.structured.derivations import Matcher, Sampler
 
@@ -60,7 +61,7 @@ def read(text: str, notation: str) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("parallel", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("notation", TOOL_CALL_FORMATS)
 def test_every_text_is_calls_with_valid_arguments(notation: str, parallel: bool) -> None:
-    compiled = compile_tool_calls(TOOLS, None, parallel, notation)
+    compiled = compile_calls(TOOLS, None, parallel, notation)
     sampler = Sampler(compiled.grammar, seed=4)
     counts, names = set(), set()
     for _ in range(200):
@@ -84,7 +85,7 @@ def _is_torn(text: str, notation: str) -> bool:
 
 
 def test_a_named_tool_is_the_only_one() -> None:
-    matcher = Matcher(tool_call_grammar(TOOLS, "now", False, "mistral"))
+    matcher = Matcher(compile_calls(TOOLS, "now", False, "mistral").grammar)
     assert matcher.matches("[TOOL_CALLS]now[ARGS]{}")
     assert not matcher.matches('[TOOL_CALLS]get_weather[ARGS]{"city": "Bonn"}')
     assert not matcher.matches("[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]now[ARGS]{}")
@@ -92,18 +93,18 @@ def test_a_named_tool_is_the_only_one() -> None:
 
 def test_the_usual_texts_of_models_are_accepted() -> None:
     call = '{"name": "get_weather", "arguments": {"city": "Köln", "days": 2}}'
-    assert Matcher(tool_call_grammar(TOOLS)).matches(f"<tool_call>\n{call}\n</tool_call>")
-    assert Matcher(tool_call_grammar(TOOLS, parallel=True)).matches(
+    assert Matcher(compile_calls(TOOLS).grammar).matches(f"<tool_call>\n{call}\n</tool_call>")
+    assert Matcher(compile_calls(TOOLS, parallel=True).grammar).matches(
         f"<tool_call>{call}</tool_call>\n<tool_call>{call}</tool_call>"
     )
-    assert Matcher(tool_call_grammar(TOOLS, format="json")).matches(call)
-    assert Matcher(tool_call_grammar(TOOLS, format="mistral-old")).matches(f"[TOOL_CALLS][{call}]")
+    assert Matcher(compile_calls(TOOLS, format="json").grammar).matches(call)
+    assert Matcher(compile_calls(TOOLS, format="mistral-old").grammar).matches(f"[TOOL_CALLS][{call}]")
 
 
 def test_tools_of_both_dialects_and_all_object_schemas_are_taken() -> None:
     objects = [example.schema for example in EXAMPLES if example.schema.get("type") == "object"]
     tools = [{"name": f"tool_{i}", "input_schema": schema} for i, schema in enumerate(objects)]
-    sampler = Sampler(tool_call_grammar(tools, format="mistral-old"), seed=6)
+    sampler = Sampler(compile_calls(tools, format="mistral-old").grammar, seed=6)
     for _ in range(200):
         call = json.loads(sampler.text().removeprefix("[TOOL_CALLS]"))[0]
         jsonschema.validate(call["arguments"], objects[int(call["name"].removeprefix("tool_"))])
@@ -126,12 +127,12 @@ def test_tools_of_both_dialects_and_all_object_schemas_are_taken() -> None:
 )  # fmt: skip
 def test_bad_tools_are_refused_with_their_place(tools: list[Any], pointer: str) -> None:
     with pytest.raises(SchemaError) as refusal:
-        tool_call_grammar(tools)
+        compile_calls(tools)
     assert refusal.value.pointer == pointer
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SchemaError, match="no tool named 'later'"):
-        tool_call_grammar(TOOLS, "later")
+        compile_calls(TOOLS, "later")
     with pytest.raises(ValueError, match="unknown tool call format"):
-        tool_call_grammar(TOOLS, format="xml")
+        compile_calls(TOOLS, format="xml")

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
-from inference.structured import GENERATED_LIMITS, GrammarError, to_grammar, tool_call_grammar, validate
-from inference.structured.json_schema import Compiled, compile_within
-from inference.structured.tool_calls import TOOL_CALL_FORMATS
+from inference.structured import GENERATED_LIMITS, TOOL_CALL_FORMATS, GrammarError, JsonForm, fit, validate
+from tests.structured.compiling import compile_calls, to_grammar
 from tests.structured.corpus import EXAMPLES
 from tests.structured.derivations import Sampler
 from tests.structured.grammars import BOMBS, FINE, WRONG
@@ -86,7 +85,7 @@ def test_every_generated_grammar_is_taken_and_means_the_same(model_path: str, tm
 
 
 def test_every_grammar_of_tool_calls_is_taken_and_means_the_same(model_path: str, tmp_path: Path) -> None:
-    grammars = [tool_call_grammar(TOOLS, None, True, notation) for notation in TOOL_CALL_FORMATS]
+    grammars = [compile_calls(TOOLS, None, True, notation).grammar for notation in TOOL_CALL_FORMATS]
     orders = [
         {"grammar": g, "texts": [text for _ in range(5) if (text := Sampler(g, seed=_).text())]} for g in grammars
     ]
@@ -164,7 +163,7 @@ def edit(grammar: str, chance: random.Random) -> str:
 
 
 def test_a_grammar_cut_to_a_length_is_taken_too(model_path: str, tmp_path: Path) -> None:
-    compiled: list[Compiled] = [compile_within(example.schema, 4_000) for example in EXAMPLES]
+    compiled = [fit(JsonForm(json.dumps(example.schema).encode()), 1_000) for example in EXAMPLES]
     orders = [{"grammar": found.grammar, "texts": [Sampler(found.grammar, seed=2).text()]} for found in compiled]
     answers = ask(model_path, orders, tmp_path / "answers", timeout=60)
     assert_agree(answers, [{"accepted": True, "matches": [True]}] * len(orders))

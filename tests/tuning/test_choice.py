@@ -43,6 +43,13 @@ def test_what_is_not_clearly_faster_does_not_win(times: tuple[float, ...]) -> No
     assert choice.winner([arm("Q4_0", *times)], SOURCE, most_increase=3) is None
 
 
+def test_how_much_must_be_gained_is_asked_for() -> None:
+    slower = arm("Q4_0", 0.95, 0.95, 0.95)
+    assert choice.winner([slower], SOURCE, most_increase=3, least_gain=0.9) is slower
+    assert choice.objection(slower, SOURCE, 3, 0.97) == "more than 3% slower than the source"
+    assert choice.objection(arm("Q8_0", 1.1, 1.1, 1.1), SOURCE, 3, 1.2) == "less than 20% faster than the source"
+
+
 def test_a_machine_that_slows_down_favours_none() -> None:
     """In each round both are half as fast as in the one before."""
     source, candidate = arm("source", 1, 0.5, 0.25), arm("Q4_0", 1.2, 0.6, 0.3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,15 @@ from django.db import IntegrityError, transaction
 from django.test import Client
 from django.urls import reverse
 
-from accounts.refusals import Refusal
-from inference import hosted, registry, variants
-from inference.management.commands.optimize_model import Command
+from accounts.trail.refusals import Refusal
+from inference.catalog import model_rows, registry, variants
 from inference.models import ModelVariant, ServedModel
-from inference.trial import Trial
-from inference.tuning.formats import Format
-from inference.tuning.steps import StepFailed
+from inference.vetting.inspection import RegistrationError
+from inference.vetting.trial import Trial
+from inference.worker import hosted
 from llmsite import doctor
 from tests.inference import gguf_files
-from tests.inference.gguf_files import PassingTrial
-from tests.tuning.test_search import FakeSteps, Tell
+from tests.tuning.fakes import WritingSteps
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db]
 
@@ -35,36 +32,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.django_db]
 @dataclass(frozen=True)
 class Caller:
     tenant_id: int
+    allowed_models: frozenset[str] | None = None
+    allowed_adapters: frozenset[str] | None = None
 
 
 ANYBODY = Caller(0)
-
-
-class WritingSteps(FakeSteps):
-    """Writes a small real file for each format; losses and speeds are made up."""
-
-    def quantize(self, source: Path, target: Path, into: Format, most_bytes: int, seconds: float, tell: Tell) -> None:
-        if reason := self.fails.get(f"quantize {into.name}"):
-            target.write_bytes(b"half of it")
-            raise KeyboardInterrupt if reason == "interrupt" else StepFailed(reason)
-        target.write_bytes(gguf_files.build({"general.file_type": (4, into.number)}))
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritingSteps]:
-    steps = WritingSteps({"source": 1.0, "tiny": 1.0, "Q4_0": 1.5, "Q8_0": 1.2})
-    monkeypatch.setattr(Command, "_steps", lambda self, row, header, options: steps)
-    monkeypatch.setattr(Trial, "run", PassingTrial.run)
-    monkeypatch.setattr(Trial, "calls", 0, raising=False)
-    registry.forget()
-    yield steps
-    registry.forget()
-
-
-@pytest.fixture
-def base(fake: WritingSteps, tmp_path: Path) -> ServedModel:
-    path = gguf_files.write(tmp_path, "tiny.gguf")
-    return registry.register(path, "tiny", aliases=["chat"], n_threads=2)
 
 
 def optimize(folder: Path, *more: str) -> Any:
@@ -121,7 +93,7 @@ def test_the_settings_of_an_active_variant_are_those_of_the_engine(base: ServedM
     variants.activate(row)
     served = registry.resolve("tiny", ANYBODY)
     assert (served.n_threads, served.flash_attention) == (7, False)
-    registry.save("tiny", registry.examine(base.path, known=base), kv_type="q8_0")
+    model_rows.save("tiny", model_rows.examine(base.path, known=base), kv_type="q8_0")
     assert registry.resolve("tiny", ANYBODY).flash_attention is None  # such a cache needs it
 
 
@@ -179,7 +151,7 @@ def test_the_table_tells_what_requantizing_means_and_what_each_format_costs(
 ) -> None:
     fake.its_losses["Q4_0"] = 3.1
     fake.fails["quantize Q6_K"] = "llama.cpp refuses the format"
-    registry.save("tiny", registry.examine(gguf_files.write(tmp_path, changes={"general.file_type": (4, 7)})))
+    model_rows.save("tiny", model_rows.examine(gguf_files.write(tmp_path, changes={"general.file_type": (4, 7)})))
     fake.times.update(Q5_0=1.3)
     output = io.StringIO()
     call_command("optimize_model", "tiny", "--formats", "Q4_0,Q6_K,Q5_0", "--out", str(tmp_path / "out"), stdout=output)
@@ -204,7 +176,7 @@ def test_a_variant_of_another_file_is_neither_served_nor_activated(base: ServedM
     optimize(tmp_path)
     switch("q4_0")
     other = gguf_files.write(tmp_path, "other.gguf", changes={"general.name": (8, "Another")})
-    row = registry.register(other, "tiny")
+    row = model_rows.register(other, "tiny")
     assert registry.resolve("tiny", ANYBODY).digest == row.digest
     with pytest.raises(CommandError, match="optimize_model again"):
         call_command("activate_variant", "tiny", "q4_0", stdout=io.StringIO())
@@ -219,7 +191,7 @@ def test_a_variant_whose_file_is_gone_is_not_activated(base: ServedModel, tmp_pa
 
 def test_a_file_of_another_model_is_no_variant(base: ServedModel, tmp_path: Path) -> None:
     other = gguf_files.write(tmp_path, "other.gguf", changes={"llama.embedding_length": (4, 128)})
-    with pytest.raises(registry.RegistrationError, match="embedding_length"):
+    with pytest.raises(RegistrationError, match="embedding_length"):
         variants.register(base, "other", other, n_threads=None, flash_attention=None, measured={})
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from accounts.audit import audit
+from accounts.ledger.audit import audit
 from accounts.management.base import HouseCommand
 
 
 class Command(HouseCommand):
     help = (
         "Replay the whole ledger and check that no reservation passed its limit, none was charged twice, and every "
-        "period is the sum of its entries. Status 0: proven; 1: not. May run while requests are served."
+        "period is the sum of its entries. May run while requests are served."
     )
     examples = ("audit_ledger", "audit_ledger --json")
+    statuses = {0: "the ledger is proven", 1: "it does not hold; the problems are listed"}
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
         report = audit()

@@ -7,7 +7,7 @@ from typing import Any
 from django.core.exceptions import ValidationError
 from django.core.management.base import CommandParser
 
-from accounts import issuing
+from accounts.identity import issuing
 from accounts.management.arguments import add_limits, as_row, moment, overrides, sentence, tenant_named
 from accounts.management.base import HouseCommand
 from accounts.models import Scope
@@ -18,6 +18,7 @@ class Command(HouseCommand):
     examples = (
         'create_key "Alice\'s" --name laptop',
         'create_key "Alice\'s" --name dashboards --scope usage --expires-at 2027-01-31T00:00:00Z --json',
+        'create_key "Alice\'s" --name app --model small --adapter formal --adapter small:verse',
         "create_key Operations --name prometheus --scope operator",
     )
 
@@ -31,6 +32,14 @@ class Command(HouseCommand):
             choices=Scope.values,
             help="repeatable; generate and usage without",
         )
+        for thing, example in (("model", "small"), ("adapter", "formal or small:verse")):
+            parser.add_argument(
+                f"--{thing}",
+                action="append",
+                dest=f"allowed_{thing}s",
+                metavar="NAME",
+                help=f"one that it may use, such as {example}; repeatable; all that its tenant may, without",
+            )
         parser.add_argument("--expires-at", type=moment, metavar="TIME", help="end of its life, ISO 8601")
         add_limits(parser)
 
@@ -38,7 +47,13 @@ class Command(HouseCommand):
         tenant = tenant_named(self, options["tenant"])
         try:
             key, text = issuing.issue(
-                tenant, options["name"], options["scopes"], overrides(options, {}), options["expires_at"]
+                tenant,
+                options["name"],
+                options["scopes"],
+                overrides(options, {}),
+                options["expires_at"],
+                allowed_models=options["allowed_models"],
+                allowed_adapters=options["allowed_adapters"],
             )
         except issuing.IssuingError as error:
             self.fail("key_invalid", str(error))

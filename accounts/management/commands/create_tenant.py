@@ -7,10 +7,10 @@ from typing import Any
 from django.core.exceptions import ValidationError
 from django.core.management.base import CommandParser
 
-from accounts.management.arguments import add_limits, overrides, sentence
+from accounts.limits.plans import plan_named
+from accounts.management.arguments import add_limits, add_origins, overrides, sentence
 from accounts.management.base import HouseCommand
 from accounts.models import Tenant
-from accounts.plans import plan_named
 
 
 class Command(HouseCommand):
@@ -28,17 +28,19 @@ class Command(HouseCommand):
         parser.add_argument(
             "--quota-anchor-day", type=int, default=1, metavar="DAY", help="1 to 28; the month starts on it"
         )
+        add_origins(parser)
         add_limits(parser)
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
         plan, is_new = plan_named(options["plan"])
         if plan is None:
-            self.fail("plan_not_found", f"There is no plan {options['plan']!r}: make it in the admin.")
+            self.fail("plan_not_found", f"There is no plan {options['plan']!r}: `manage.py plan make` makes one.")
         tenant = Tenant(
             name=options["name"],
             plan=plan,
             quota_anchor_day=options["quota_anchor_day"],
             limit_overrides=overrides(options, {}),
+            allowed_origins=options["allow_origin"] or [],
         )
         try:
             tenant.full_clean()

@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
-from accounts import issuing
+from accounts.identity import issuing
 from accounts.management.arguments import as_row, key_meant
 from accounts.management.base import HouseCommand
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
-from accounts import issuing
+from accounts.identity import issuing
 from accounts.management.arguments import as_row, duration, key_meant
 from accounts.management.base import HouseCommand
 
 
 class Command(HouseCommand):
-    help = "Issue a successor with the same name, scopes, limits and quota. The old key ends after the overlap."
+    help = "Issue a successor with the same name, rights, limits and quota. The old key ends after the overlap."
     examples = ("rotate_key 4fT9q2LmX0aB --overlap 7d", "rotate_key 4fT9q2LmX0aB --json")
 
     def add_arguments(self, parser: CommandParser) -> None:

@@ -8,11 +8,10 @@ from django.core.exceptions import ValidationError
 from django.core.management.base import CommandParser
 from django.db import transaction
 
-from accounts.limits import LIMIT_NAMES
+from accounts.limits.precedence import LIMIT_NAMES
 from accounts.management.arguments import add_limits, key_meant, overrides, sentence, tenant_named
 from accounts.management.base import HouseCommand
 from accounts.models import APIKey, Plan, Tenant
-from accounts.principals import announce_change, announce_tenant
 
 
 class Command(HouseCommand):
@@ -44,7 +43,6 @@ class Command(HouseCommand):
         tenant.limit_overrides = overrides(options, tenant.limit_overrides)
         tenant.full_clean()
         tenant.save(update_fields=["plan", "limit_overrides"])
-        announce_tenant(tenant.pk)
         return {"tenant": tenant.name, "plan": tenant.plan.name, **_limits(tenant)}
 
     def _set_key(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +52,6 @@ class Command(HouseCommand):
         key.limit_overrides = overrides(options, key.limit_overrides)
         key.full_clean()
         key.save(update_fields=["limit_overrides"])
-        announce_change(key.public_id)
         return {"tenant": key.tenant.name, "key": key.display, **_limits(key)}
 
     def _plan(self, name: str) -> Plan:

@@ -8,11 +8,11 @@ from django.core.management.base import CommandParser
 from django.utils import timezone
 from rich.table import Table
 
+from accounts.identity.key_rows import principal_of
+from accounts.ledger.usage import tenant_usage, usage
 from accounts.management.arguments import key_meant, tenant_named
 from accounts.management.base import HouseCommand
 from accounts.models import Tenant
-from accounts.principals import principal_of
-from accounts.usage import tenant_usage, usage
 
 
 class Command(HouseCommand):

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.api.errors import LLAMA
 from inference.api.following import CANCELLED, Collected, Ending
 from inference.api.llamacpp import replies
 from inference.api.llamacpp.schemas import SamplingBody
 from inference.api.sse import frame
-from inference.stream import StreamEvent
+from inference.transport.stream import StreamEvent
 
 
 class LlamaFrames:

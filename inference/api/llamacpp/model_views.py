@@ -11,11 +11,11 @@ from django.http import HttpResponse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 
-from inference import adapters, admission, registry, slot_actions
 from inference.api.async_view import AsyncAPIView, json_response
-from inference.api.errors import LLAMA
+from inference.api.errors import LLAMA, wrong_field
 from inference.api.llamacpp import replies
 from inference.api.llamacpp.schemas import (
+    MAX_PIECED_TOKENS,
     DetokenizeBody,
     DetokenizeReply,
     LlamaErrorReply,
@@ -26,8 +26,11 @@ from inference.api.llamacpp.schemas import (
     TokenizeBody,
     TokenizeReply,
 )
+from inference.catalog import adapters, granting, registry
+from inference.catalog.served import Served
 from inference.engine.types import SamplingParams
-from inference.registry import Served
+from inference.intake import admission
+from inference.slots import actions as slot_actions
 from inference.tokenizers import pool
 
 MODEL = OpenApiParameter("model", str, OpenApiParameter.QUERY, description="Absent is the default model.")
@@ -51,8 +54,14 @@ class TokenizeView(ModelView):
     def post(self, request: Request) -> HttpResponse:
         body = self.parse(TokenizeBody)
         served = registry.resolve(body.model, self.admit_to_view())
-        tokens = pool.tokenizer_pool().encode(served, body.content, add_special=body.add_special)
-        return json_response({"tokens": tokens})
+        tokenizers = pool.tokenizer_pool()
+        tokens = tokenizers.encode(served, body.content, add_special=bool(body.add_special))
+        if not body.with_pieces:
+            return json_response({"tokens": tokens})
+        if len(tokens) > MAX_PIECED_TOKENS:
+            raise wrong_field("with_pieces", f"is for texts of {MAX_PIECED_TOKENS} tokens at most")
+        pairs = zip(tokens, tokenizers.pieces(served, tokens), strict=True)
+        return json_response({"tokens": [{"id": token, "piece": piece} for token, piece in pairs]})
 
 
 class DetokenizeView(ModelView):
@@ -102,7 +111,7 @@ class LoraAdaptersView(ModelView):
         body = self.parse(LoraVectorBody)
         principal = self.admit_to_view()
         served = registry.resolve(request.query_params.get("model"), principal)
-        adapters.set_default_vector(principal, served, body.wanted())
+        granting.set_default_vector(principal, served, body.wanted())
         return json_response({"success": True})
 
 
@@ -133,6 +142,7 @@ class PropsView(ModelView):
             "bos_token": _text_of(served, served.bos_token_id),
             "eos_token": _text_of(served, served.eos_token_id),
             "build_info": "llmsite",
+            "is_sleeping": slot_actions.is_sleeping(served),
             "context_shift": served.context_shift,
             "abilities": slot_actions.abilities_of(served),
         }

@@ -6,11 +6,14 @@ Blocking: the model's tokenizer is asked. Nothing in a text becomes a special to
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from accounts.refusals import Refusal
-from inference.api.llamacpp.schemas import ExtraChunk, InfillBody, Piece
-from inference.registry import Served
+from accounts.trail.refusals import Refusal
+from inference.api.errors import wrong_field
+from inference.api.llamacpp.schemas import ExtraChunk, InfillBody, Piece, SamplingBody
+from inference.api.native.schemas import MAX_LOGIT_BIASES
+from inference.catalog.served import Served
+from inference.engine.types import SamplingParams
 from inference.tokenizers import pool
 
 BATCH_TOKENS = 512
@@ -49,6 +52,18 @@ def texts_of(prompts: Iterable[tuple[int, ...]], served: Served) -> tuple[str, .
     listed = list(prompts)
     found = {prompt: decode(served, prompt, special=True) for prompt in dict.fromkeys(listed)}
     return tuple(found[prompt] for prompt in listed)
+
+
+def with_biased_texts(sampling: SamplingParams, body: SamplingBody, served: Served) -> SamplingParams:
+    """With the body's biases of texts as those of each of their tokens. Raises Refusal."""
+    texts = body.biased_texts()
+    if not texts:
+        return sampling
+    encoded = pool.tokenizer_pool().encode_each(served, [text for text, _ in texts])
+    found = [(token, bias) for tokens, (_, bias) in zip(encoded, texts, strict=True) for token in tokens]
+    if len(sampling.logit_bias) + len(found) > MAX_LOGIT_BIASES:
+        raise wrong_field("logit_bias", f"has {len(found)} tokens of texts; all are {MAX_LOGIT_BIASES} at most")
+    return replace(sampling, logit_bias=(*sampling.logit_bias, *found))
 
 
 @dataclass(frozen=True, slots=True)

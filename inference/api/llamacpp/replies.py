@@ -144,7 +144,7 @@ def generation_settings(
 ) -> dict[str, Any]:
     """The echo of what a request asked for, defaults filled in. seed is replaced by the one that was used."""
     settings = asdict(sampling)
-    del settings["num_probs"]
+    del settings["num_probs"], settings["thoughts"]
     settings.update(
         seed=-1 if sampling.seed is None else sampling.seed,
         logit_bias=[

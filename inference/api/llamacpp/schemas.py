@@ -1,4 +1,5 @@
-"""llama.cpp's bodies. Soft bounds clamp and hard ones refuse, as upstream; null is absent; unknown fields are refused.
+"""llama.cpp's bodies. Soft bounds clamp and hard ones refuse, as upstream; null is absent. Unknown fields are ignored
+as upstream does; only what a client must not believe to have been done is refused.
 
 Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder.
 """
@@ -6,8 +7,10 @@ Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -22,36 +25,42 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from inference.adapters import MAX_VECTOR
 from inference.api.errors import wrong_field
+from inference.api.keep_alive import KeepAlive
 from inference.api.native.schemas import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_LOGIT_BIASES,
     MAX_PROMPT_CHARACTERS,
     MAX_STOPS,
     ModelName,
+    SessionName,
     Stop,
 )
 from inference.api.sse import KEEP_ALIVE_SECONDS
+from inference.catalog.adapters import MAX_VECTOR
+from inference.chat.prompt import ChatPrompt
 from inference.engine.drafting import MAX_DRAFT
-from inference.engine.types import Decoding, SamplingParams, Speculation
-from inference.grammars import grammar_from
+from inference.engine.types import KNOWN_SAMPLERS, Decoding, SamplingParams, Speculation
+from inference.intake.grammars import form_from, grammar_from
 from inference.models import MAX_SCALE
-from inference.orders import Wanted
+from inference.orders import GenerateOrder, Wanted
 
 MAX_PROMPTS = 16
 MAX_ANSWERS = 32
-"""Prompts times completions of each."""
+"""Prompts times completions of each. OpenAI's dialect has bounds of its own."""
 MAX_PIECES = 256
 """Strings in one prompt that mixes them with token ids."""
 MAX_TOKENS = 1 << 20
 MAX_PROBS = 100
 MAX_RESPONSE_FIELDS = 64
+MAX_SAMPLERS = 32
+MAX_INDENT = 65_536
+MAX_PIECED_TOKENS = 1 << 17
 MAX_SLOT_ID = 4095
 MAX_MILLISECONDS = 86_400_000
 NO_DRAFTS = Speculation(num_max=0)
 RANDOM_SEEDS = frozenset({-1, 0xFFFFFFFF})
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+FORM = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class _Bounds(ABC):
@@ -94,23 +103,25 @@ Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 Pieces = Annotated[list[TokenId | Text], Field(max_length=MAX_TOKENS)]
 """One prompt of strings and token ids."""
 Piece = str | tuple[str | int, ...]
-ResponseField = Annotated[str, Field(min_length=1, max_length=200)]
-TokenBias = tuple[TokenId, Annotated[float, Hard(-1000, 1000)] | Literal[False]]
-Sampler = Literal["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
+ResponseField = Annotated[str, Field(max_length=200)]
+Bias = Annotated[float, Hard(-1000, 1000)] | Literal[False]
+TokenBias = tuple[TokenId, Bias]
+SamplerName = Annotated[str, Field(max_length=64)]
 Biases = Annotated[list[TokenBias], Field(max_length=MAX_LOGIT_BIASES)]
 BiasesById = Annotated[
-    dict[
-        Annotated[str, Field(pattern=r"^[0-9]{1,9}$", max_length=9)],
-        Annotated[float, Hard(-1000, 1000)] | Literal[False],
-    ],
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$", max_length=9)], Bias],
     Field(max_length=MAX_LOGIT_BIASES),
 ]
+BiasedText = Annotated[str, Field(max_length=256)]
+MixedBiases = Annotated[list[tuple[TokenId | BiasedText, Bias]], Field(max_length=MAX_LOGIT_BIASES)]
+MixedBiasesByName = Annotated[dict[BiasedText, Bias], Field(max_length=MAX_LOGIT_BIASES)]
+_IS_ID = re.compile(r"[0-9]{1,9}")
 
 
 class LoraBody(BaseModel):
     """One adapter; the id is its position in `GET /lora-adapters`."""
 
-    model_config = STRICT
+    model_config = FORM
 
     id: TokenId
     scale: Annotated[float, Hard(-MAX_SCALE, MAX_SCALE)] = 0.0
@@ -126,7 +137,7 @@ class LoraVectorBody(RootModel[Annotated[list[LoraBody], Field(max_length=MAX_VE
 class SpeculativeBody(BaseModel):
     """Bounds on drafts; they change how fast tokens come, never which."""
 
-    model_config = STRICT
+    model_config = FORM
 
     n_min: Annotated[int, Soft(0, MAX_DRAFT)] | None = None
     n_max: Annotated[int, Soft(0, MAX_DRAFT)] | None = None
@@ -136,7 +147,7 @@ class SpeculativeBody(BaseModel):
 class StreamOptions(BaseModel):
     """Of OpenAI's dialect; the last event has all counts here, asked for or not."""
 
-    model_config = STRICT
+    model_config = FORM
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -145,19 +156,20 @@ class StreamOptions(BaseModel):
 class TextPrompt(BaseModel):
     """Upstream's form for prompts with media: a text is all that is taken of it."""
 
-    model_config = STRICT
+    model_config = FORM
 
     prompt_string: Text
     multimodal_data: Annotated[list[Text], Field(max_length=0)] | None = Field(None, description="No media is taken.")
 
 
 Prompts = Annotated[list[Text | Pieces | TextPrompt], Field(max_length=MAX_PROMPTS)]
+"""Of this dialect."""
 
 
 class SamplingFields(BaseModel):
     """How to generate, in llama.cpp's words; OpenAI's dialect takes them beside its own."""
 
-    model_config = STRICT
+    model_config = FORM
 
     model: ModelName | None = None
     n_predict: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(
@@ -180,6 +192,9 @@ class SamplingFields(BaseModel):
         None, description="End after so much time of generating; up to 0 is no limit."
     )
     stream: bool | None = None
+    background: bool | None = Field(
+        None, description="true: go on without a reader; unless it streams, the answer is 202 and fetched later."
+    )
     sse_ping_interval: Annotated[int, Hard(-1, 3600)] | None = Field(
         None, description="Seconds between comments that keep a stream alive; never more than 10."
     )
@@ -208,7 +223,9 @@ class SamplingFields(BaseModel):
     mirostat: Annotated[int, Hard(0, 2)] | None = None
     mirostat_tau: Annotated[float, Soft(0, 100)] | None = None
     mirostat_eta: Annotated[float, Soft(0, 100)] | None = None
-    samplers: Annotated[list[Sampler], Field(max_length=16)] | None = None
+    samplers: Annotated[list[SamplerName], Field(max_length=MAX_SAMPLERS)] | SamplerName | None = Field(
+        None, description="Names, or a text of their letters; those that nobody knows are left out."
+    )
     logit_bias: Biases | BiasesById | None = Field(None, description="Token ids with a bias; false is never.")
     ignore_eos: bool | None = None
     post_sampling_probs: bool | None = Field(None, description="Probabilities as the samplers left them.")
@@ -217,6 +234,10 @@ class SamplingFields(BaseModel):
     )
     json_schema: dict[str, Any] | None = Field(None, description="JSON Schema that the answer follows; not both.")
     cache_prompt: bool | None = None
+    keep_alive: KeepAlive = None
+    session: SessionName | None = Field(
+        None, description="What belongs together: where an alias is on trial, one version answers all of it."
+    )
     cache: bool | None = Field(None, description="Answer an identical earlier request from the completion cache.")
     lora: Annotated[list[LoraBody], Field(max_length=MAX_VECTOR)] | None = Field(
         None, description="Absent is the tenant's default, [] is none."
@@ -251,6 +272,11 @@ class SamplingFields(BaseModel):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def session_name(self) -> str:
+        """As the dialect's clients name what belongs together, or "" ."""
+        return self.session or ""
+
     def wanted_adapters(self) -> Wanted | None:
         """None where the request says nothing of adapters."""
         return None if self.lora is None else tuple((each.id, each.scale) for each in self.lora)
@@ -259,6 +285,29 @@ class SamplingFields(BaseModel):
     def shifts_context(self) -> bool:
         """Where the answer is bounded."""
         return self.context_shift is not False
+
+    def order(
+        self, prompt: ChatPrompt | tuple[int, ...], *, all_or_nothing: bool, is_batch: bool = False
+    ) -> GenerateOrder:
+        """What is asked for. is_batch: other orders of the same request have other prompts. Raises Refusal."""
+        wanted = self.wanted_tokens
+        return GenerateOrder(
+            prompt=prompt,
+            model=self.model,
+            max_tokens=None if wanted < 0 else wanted,
+            sampling=self.sampling(),
+            form=form_from(self.answer_schema),
+            decoding=self.decoding(),
+            stop=self.stops(),
+            adapters=self.wanted_adapters(),
+            stream=bool(self.stream),
+            use_cache=bool(self.cache),
+            cache_prompt=self.cache_prompt is not False,
+            keep_alive_seconds=self.keep_alive,
+            session=self.session_name,
+            all_or_nothing=all_or_nothing,
+            is_batch=is_batch,
+        )
 
     def decoding(self) -> Decoding:
         """The context is shifted for an explicit n_predict alone, so that no answer is endless."""
@@ -293,21 +342,38 @@ class SamplingFields(BaseModel):
         given = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name, None)) is not None}
         if given.get("seed") in RANDOM_SEEDS:
             del given["seed"]
-        for name in ("dry_sequence_breakers", "samplers"):
-            if name in given:
-                given[name] = tuple(given[name])
+        if "dry_sequence_breakers" in given:
+            given["dry_sequence_breakers"] = tuple(given["dry_sequence_breakers"])
+        if "samplers" in given:
+            given["samplers"] = samplers_of(given["samplers"])
         if self.logit_bias is not None:
-            given["logit_bias"] = _biases(self.logit_bias)
+            given["logit_bias"] = tuple((token, bias) for token, bias in self.biases() if isinstance(token, int))
         return given
 
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """A JSON Schema that the answer follows."""
+        return self.json_schema
+
+    def biases(self) -> list[tuple[int | str, float]]:
+        """Of token ids; in llama.cpp's own dialect of texts, too. Names of an object that are numbers are ids, as
+        upstream. -inf is never."""
+        given: Any = self.logit_bias or ()
+        if isinstance(given, dict):
+            given = [(int(name) if _IS_ID.fullmatch(name) else name, bias) for name, bias in given.items()]
+        return [(token, -math.inf if bias is False else float(bias)) for token, bias in given]
+
     def answer_grammar(self) -> str | None:
-        return grammar_from(self.grammar, self.json_schema)
+        return grammar_from(self.grammar, self.answer_schema)
 
 
 class PromptFields(SamplingFields):
     """One prompt or several, as OpenAI's completions and llama.cpp's both write them."""
 
-    model_config = STRICT
+    model_config = FORM
+
+    most_prompts: ClassVar[int] = MAX_PROMPTS
+    most_answers: ClassVar[int] = MAX_ANSWERS
 
     prompt: Text | TextPrompt | Pieces | Prompts = Field(
         description="A text, token ids, texts and token ids in one array; or an array of such prompts."
@@ -326,8 +392,9 @@ class PromptFields(SamplingFields):
     @model_validator(mode="after")
     def _check_number(self) -> Self:
         prompts = self.prompts()
-        if not 1 <= len(prompts) * self.num_completions <= MAX_ANSWERS or len(prompts) > MAX_PROMPTS:
-            raise wrong_field("prompt", f"1 to {MAX_PROMPTS} prompts in one request, and {MAX_ANSWERS} answers at most")
+        most, most_answers = self.most_prompts, self.most_answers
+        if not 1 <= len(prompts) * self.num_completions <= most_answers or len(prompts) > most:
+            raise wrong_field("prompt", f"1 to {most} prompts in one request, and {most_answers} answers at most")
         mixed = [prompt for prompt in prompts if not isinstance(prompt, str)]
         if any(sum(isinstance(each, str) for each in prompt) > MAX_PIECES for prompt in mixed):
             raise wrong_field("prompt", f"A prompt has {MAX_PIECES} texts at most")
@@ -346,9 +413,16 @@ class PromptFields(SamplingFields):
 class SamplingBody(SamplingFields):
     """What the routes of this dialect that generate have in common."""
 
-    model_config = STRICT
+    model_config = FORM
 
-    n_indent: Annotated[int, Hard(0, 0)] | None = Field(None, description="0 alone: indentation is not watched.")
+    logit_bias: MixedBiases | MixedBiasesByName | None = Field(  # type: ignore[assignment]
+        None, description="Token ids, or texts for each of their tokens, with a bias; false is never."
+    )
+    n_indent: Annotated[int, Hard(0, MAX_INDENT)] | None = Field(
+        None, description="A line behind the first that is indented by fewer blanks ends the answer."
+    )
+    chat_template: Any = Field(None, description="Refused: the operator chooses the template.")
+    grammar_lazy: bool | None = Field(None, description="true is refused: a grammar holds from the first token on.")
     stream_options: StreamOptions | None = None
     return_progress: bool | None = Field(
         None, description="In streams: an event when the prompt is begun and one when it is computed."
@@ -365,6 +439,20 @@ class SamplingBody(SamplingFields):
     )
     verbose: bool | None = Field(None, description="Taken, and without effect.")
 
+    @field_validator("chat_template")
+    @classmethod
+    def _brings_no_template(cls, value: Any) -> Any:
+        if value is not None:
+            raise PydanticCustomError("unsupported", "Not supported: the operator chooses the template")
+        return value
+
+    @field_validator("grammar_lazy")
+    @classmethod
+    def _is_not_lazy(cls, value: bool | None) -> bool | None:
+        if value:
+            raise PydanticCustomError("unsupported", "Not supported: a grammar holds from the first token on")
+        return value
+
     @property
     def num_completions(self) -> int:
         return self.n_cmpl or self.n or 1
@@ -373,11 +461,26 @@ class SamplingBody(SamplingFields):
     def num_probs(self) -> int:
         return self.n_probs or self.logprobs or 0
 
+    def order(
+        self, prompt: ChatPrompt | tuple[int, ...], *, all_or_nothing: bool, is_batch: bool = False
+    ) -> GenerateOrder:
+        """With the ids of tokens where they are wanted; what the completion cache keeps has none."""
+        found = super().order(prompt, all_or_nothing=all_or_nothing, is_batch=is_batch)
+        has_ids = bool(self.stream or self.return_tokens)
+        return replace(found, return_tokens=has_ids, use_cache=found.use_cache and not self.return_tokens)
 
-class CompletionBody(PromptFields, SamplingBody):
+    def decoding(self) -> Decoding:
+        return replace(super().decoding(), min_indent=self.n_indent or 0)
+
+    def biased_texts(self) -> list[tuple[str, float]]:
+        """Those of logit_bias that are no token ids."""
+        return [(token, bias) for token, bias in self.biases() if isinstance(token, str)]
+
+
+class CompletionBody(SamplingBody, PromptFields):
     """POST /completion."""
 
-    model_config = STRICT
+    model_config = FORM
 
 
 def _is_prompt(value: Any) -> bool:
@@ -396,7 +499,7 @@ def _piece(prompt: str | TextPrompt | list[int | str]) -> Piece:
 class ExtraChunk(BaseModel):
     """A part of another file."""
 
-    model_config = STRICT
+    model_config = FORM
 
     text: Text
     filename: Annotated[str, Field(max_length=1000)] = "tmp"
@@ -411,14 +514,45 @@ class InfillBody(SamplingBody):
     prompt: Text = Field("", description="How the middle begins.")
 
 
+def samplers_of(given: list[str] | str) -> tuple[str, ...]:
+    """As llama.cpp reads them: names in several spellings, or one text of a letter for each; unknown ones are left
+    out. common_sampler_types_from_names and _from_chars of common/sampling.cpp."""
+    if isinstance(given, str):
+        return tuple(SAMPLER_LETTERS[letter] for letter in given if letter in SAMPLER_LETTERS)
+    names = (SAMPLER_ALIASES.get(name, name) for name in given)
+    return tuple(name for name in names if name in KNOWN_SAMPLERS)
+
+
+SAMPLER_LETTERS = {
+    "e": "penalties",
+    "d": "dry",
+    "s": "top_n_sigma",
+    "k": "top_k",
+    "y": "typ_p",
+    "p": "top_p",
+    "m": "min_p",
+    "x": "xtc",
+    "t": "temperature",
+    "i": "infill",
+}
+SAMPLER_ALIASES = {
+    "top-n-sigma": "top_n_sigma",
+    "top-k": "top_k",
+    "typical_p": "typ_p",
+    "typical-p": "typ_p",
+    "typical": "typ_p",
+    "typ-p": "typ_p",
+    "typ": "typ_p",
+    "top-p": "top_p",
+    "nucleus": "top_p",
+    "min-p": "min_p",
+    "temp": "temperature",
+}
+
+
 def _first(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def _biases(given: list[Any] | dict[str, Any]) -> tuple[tuple[int, float], ...]:
-    pairs = given.items() if isinstance(given, dict) else given
-    return tuple((int(token), -math.inf if bias is False else float(bias)) for token, bias in pairs)
 
 
 SAMPLING_NAMES = tuple(
@@ -427,20 +561,23 @@ SAMPLING_NAMES = tuple(
 
 
 class TokenizeBody(BaseModel):
-    """POST /tokenize. Texts of users never become special tokens, so parse_special is taken and has no effect."""
+    """POST /tokenize. Texts of users never become special tokens, so parse_special has no effect."""
 
-    model_config = STRICT
+    model_config = FORM
 
     content: Text
     model: ModelName | None = None
-    add_special: bool = False
-    parse_special: bool = False
+    add_special: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = Field(
+        None, description=f"Each token with its text; bytes where that is none. Of {MAX_PIECED_TOKENS} tokens at most."
+    )
 
 
 class DetokenizeBody(BaseModel):
     """POST /detokenize."""
 
-    model_config = STRICT
+    model_config = FORM
 
     tokens: TokenIds
     model: ModelName | None = None
@@ -500,8 +637,13 @@ class CompletionEvent(BaseModel):
     completion_probabilities: list[dict[str, Any]] | None = Field(None, description="With n_probs.")
 
 
+class TokenPiece(BaseModel):
+    id: int
+    piece: str | list[int] = Field(description="Its text, or its bytes where they are no text.")
+
+
 class TokenizeReply(BaseModel):
-    tokens: list[int]
+    tokens: list[int] | list[TokenPiece]
 
 
 class DetokenizeReply(BaseModel):
@@ -535,6 +677,7 @@ class PropsReply(BaseModel):
     bos_token: str
     eos_token: str
     build_info: str
+    is_sleeping: bool = Field(description="It is in no memory now: its next request loads it.")
     context_shift: bool
     abilities: dict[str, bool | str] | None = Field(
         description="What the model's memory can do: trim, copy, shift, save; true, or why not. null: it is not loaded."

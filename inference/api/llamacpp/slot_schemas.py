@@ -13,7 +13,7 @@ FORBIDDEN = frozenset('/\\:*?"<>|')
 class SlotFileBody(BaseModel):
     """POST /slots/{id}?action=save or restore."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     filename: Annotated[str, Field(max_length=4096)] = Field(
         description="A label among the tenant's own; no path, though it must look like the name of a file."
@@ -41,7 +41,8 @@ class NextToken(BaseModel):
 
 
 class SlotReply(BaseModel):
-    """A slot. What follows is_processing is there while a request runs in it, or where it still holds tokens."""
+    """A slot. What follows is_processing is of the request that runs in it, or of the last one, as long as tokens of
+    that are held. speculative: the model is served with drafts, and its memory can take them back."""
 
     id: int
     n_ctx: int

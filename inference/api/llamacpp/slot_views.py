@@ -7,25 +7,27 @@ answer is awaited on the event loop. An operator's key sees every slot, as the w
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from django.conf import settings
 from django.http import HttpResponse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 
-from accounts.refusals import Refusal
-from inference import admission, registry, slot_actions
+from accounts.trail.refusals import Refusal
 from inference.api.async_view import Later, json_response
 from inference.api.llamacpp.model_views import MODEL, ModelView
 from inference.api.llamacpp.slot_schemas import SlotActionReply, SlotFileBody, SlotsReply, is_label
+from inference.catalog import registry
+from inference.catalog.served import Served
+from inference.intake import admission
 from inference.models import ServedModel
-from inference.registry import Served
-from inference.slot_actions import WAIT_SECONDS, Action, SlotOrder
+from inference.slots import actions as slot_actions
+from inference.slots.actions import WAIT_SECONDS, SlotOrder
 
 OPERATOR = "operator"
 LIST_SECONDS = 2.0
-ACTIONS = [action for action in get_args(Action) if action != "list"]
+ACTIONS = ("save", "restore", "erase")
 
 
 class SlotsView(ModelView):
@@ -46,7 +48,7 @@ class SlotsView(ModelView):
     def get(self, request: Request) -> Later:
         principal = self.admit_to_view()
         served = registry.resolve(request.query_params.get("model"), principal)
-        worker_id, _ = slot_actions.worker_of(served)
+        worker_id, model = slot_actions.worker_of(served)
         sees_all = OPERATOR in principal.scopes
         order = SlotOrder(
             action="list",
@@ -56,15 +58,19 @@ class SlotsView(ModelView):
         )
         n_ctx = served.n_ctx if sees_all else admission.context_of(principal, served)
         must_be_free = request.query_params.get("fail_on_no_slot") == "1"
-        return Later(partial(_list, worker_id, order, served, n_ctx, must_be_free), abandon=_nothing)
+        can_draft = served.draft_kind != ServedModel.DraftKind.NONE and "trim" not in (model.get("cannot") or {})
+        empty = {"n_ctx": n_ctx, "speculative": can_draft}
+        return Later(partial(_list, worker_id, order, served, empty, must_be_free), abandon=_nothing)
 
 
-async def _list(worker_id: str, order: SlotOrder, served: Served, n_ctx: int, must_be_free: bool) -> HttpResponse:
+async def _list(
+    worker_id: str, order: SlotOrder, served: Served, empty: dict[str, Any], must_be_free: bool
+) -> HttpResponse:
+    """empty: what all slots of the model have in common."""
     answer = await slot_actions.ask(worker_id, order)
     key = "slot_id" if order.tenant_id is None else "number"
     known = {report[key]: report for report in answer["slots"]}
-    drafts = served.draft_kind != ServedModel.DraftKind.NONE
-    slots = [_slot(number, n_ctx, drafts, known.get(number)) for number in range(served.num_slots)]
+    slots = [{"id": number, **empty, **_state(known.get(number))} for number in range(served.num_slots)]
     if order.tenant_id is None:
         for slot in slots:
             slot["tenant"] = known[slot["id"]]["tenant"] if slot["id"] in known else None
@@ -73,40 +79,37 @@ async def _list(worker_id: str, order: SlotOrder, served: Served, n_ctx: int, mu
     return json_response(slots)
 
 
-def _slot(number: int, n_ctx: int, drafts: bool, report: dict[str, Any] | None) -> dict[str, Any]:
-    slot: dict[str, Any] = {
-        "id": number,
-        "n_ctx": n_ctx,
-        "speculative": drafts,
-        "is_processing": bool(report and report["request_id"]),
-    }
+def _state(report: dict[str, Any] | None) -> dict[str, Any]:
+    """What runs in a slot, or ran in it last, as long as the slot holds something of it."""
     if report is None:
-        return slot
-    slot["n_held"] = report["num_held"]
-    if report["request_id"]:
-        decoded, left = report["num_decoded"], report["num_remaining"]
-        slot.update(
-            id_task=report["request_id"],
-            n_prompt_tokens=report["num_prompt"],
-            n_prompt_tokens_processed=report["num_processed"],
-            n_prompt_tokens_cache=report["num_cached"],
+        return {"is_processing": False}
+    is_busy = bool(report["request_id"])
+    state: dict[str, Any] = {"is_processing": is_busy, "n_held": report["num_held"]}
+    if task := report["task"]:
+        decoded, left = task["num_decoded"], task["num_remaining"]
+        state.update(
+            id_task=task["request_id"],
+            n_prompt_tokens=task["num_prompt"],
+            n_prompt_tokens_processed=task["num_processed"],
+            n_prompt_tokens_cache=task["num_cached"],
             params={"n_predict": decoded + left, "max_tokens": decoded + left},
-            next_token=[{"has_next_token": left > 0, "n_remain": left, "n_decoded": decoded}],
+            next_token=[{"has_next_token": is_busy and left > 0, "n_remain": left, "n_decoded": decoded}],
         )
-    return slot
+    return state
 
 
 class SlotActionView(ModelView):
     """What a slot holds, saved, restored or erased; a busy slot is waited for."""
 
     route = "/slots/{id_slot}"
+    error_codes = ("capability_disabled",)
 
     @extend_schema(
         operation_id="slot_action",
         summary="Save, restore or erase a slot",
         parameters=[
             MODEL,
-            OpenApiParameter("action", str, OpenApiParameter.QUERY, required=True, enum=ACTIONS),
+            OpenApiParameter("action", str, OpenApiParameter.QUERY, required=True, enum=list(ACTIONS)),
             OpenApiParameter("id_slot", str, OpenApiParameter.PATH),
         ],
         request=SlotFileBody,
@@ -123,7 +126,7 @@ class SlotActionView(ModelView):
             raise Refusal("bad_request", f"Invalid action: use one of {', '.join(ACTIONS)}.")
         label = "" if action == "erase" else self._label()
         worker_id, report = slot_actions.worker_of(served)
-        if why := (report.get("cannot") or {}).get("save"):
+        if action != "erase" and (why := (report.get("cannot") or {}).get("save")):
             raise Refusal("capability_disabled", f"This model's slots cannot be saved: {why}.")
         order = SlotOrder(
             action=action,  # type: ignore[arg-type]  # one of ACTIONS

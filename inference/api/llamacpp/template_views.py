@@ -6,10 +6,10 @@ from django.http import HttpResponse
 from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 
-from inference import registry
 from inference.api.async_view import json_response
 from inference.api.llamacpp.model_views import ModelView
 from inference.api.llamacpp.template_schemas import ApplyTemplateBody, ApplyTemplateReply
+from inference.catalog import registry
 from inference.tokenizers import pool
 
 

@@ -11,12 +11,13 @@ from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference.adapters import MAX_VECTOR
 from inference.api.chat_schemas import Messages, TemplateFields
+from inference.api.keep_alive import KeepAlive
+from inference.catalog.adapters import MAX_VECTOR
 from inference.chat.prompt import ChatPrompt
 from inference.engine.drafting import MAX_DRAFT
 from inference.engine.types import Decoding, SamplingParams, Speculation
-from inference.grammars import grammar_from
+from inference.intake.grammars import grammar_from
 from inference.models import MAX_SCALE
 from inference.orders import Wanted
 
@@ -32,6 +33,7 @@ MAX_PROBS = 20
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+SessionName = Annotated[str, Field(min_length=1, max_length=256)]
 TokenBias = tuple[Annotated[int, Field(ge=0, le=1 << 24)], Annotated[float, Field(ge=-100, le=100)]]
 
 
@@ -69,6 +71,10 @@ class SamplingBody(BaseModel):
     )
     cache: bool = Field(True, description="Answer an identical earlier request from the completion cache.")
     cache_prompt: bool = Field(True, description="Reuse what the engine still holds of the tenant's earlier prompts.")
+    keep_alive: KeepAlive = None
+    session: SessionName | None = Field(
+        None, description="What belongs together: where an alias is on trial, one version answers all of it."
+    )
     context_shift: bool = Field(
         False, description="Go on where the context is full, without the oldest tokens behind the first ones."
     )
@@ -162,6 +168,9 @@ class GenerateBody(SamplingBody, TemplateFields):
     prompt: Prompt | None = None
     messages: Messages | None = None
     stream: bool = Field(False, description="Send server-sent events instead of one JSON object.")
+    background: bool = Field(
+        False, description="Go on without a reader; unless it streams, the answer is 202 and fetched later."
+    )
 
     @model_validator(mode="after")
     def _says_it_once(self) -> GenerateBody:
@@ -255,6 +264,24 @@ class RequestReply(BaseModel):
     error_code: str | None = None
     usage: Usage | None = None
     receipt: dict[str, Any] | None = None
+    answer: dict[str, Any] | list[Any] | None = Field(
+        None, description="Of a background request that has ended: what it would have been answered with, an error too."
+    )
+
+
+class AcceptedReply(BaseModel):
+    """A request that goes on in the background. Links are addresses of this server."""
+
+    id: str
+    status: str
+    links: dict[str, str]
+    cost: str | None = Field(None, description="In the currency of GET /v1/me/usage, once it is settled.")
+    code: str | None = Field(None, description="Of a refused request, with the limit that bound.")
+    message: str | None = None
+    limit: str | None = None
+    of: str | None = None
+    value: int | None = None
+    frees_at: str | None = None
 
 
 class CancelReply(BaseModel):
@@ -283,11 +310,17 @@ class UsageReply(BaseModel):
     total_completion_tokens: int
     first_request_at: str | None
     last_request_at: str | None
+    alerts: list[dict[str, Any]] = Field(description="Parts of this period's quotas that were reached.")
+    currency: str
+    window: dict[str, Any] = Field(description="What was used from one day to another, by `group_by`.")
 
 
 class ModelsReply(BaseModel):
     object: str
     data: list[dict[str, Any]]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
     default_model: str | None
     models: list[dict[str, Any]]
     deployment_capabilities: dict[str, bool]
@@ -305,7 +338,8 @@ class ReadyReply(BaseModel):
     model_load_mode: str
     require_model_ready: bool
     model_loaded: bool
-    llm: str
+    llm: str = Field(description="ok, or what the default model is: loading, waiting, unloaded, failed, ...")
+    progress: float | None = Field(description="Of the load that goes on: 0 to 1.")
 
 
 class ModelzReply(BaseModel):

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from django.conf import settings
-from django.http import HttpResponse, HttpResponseBase
+from django.http import HttpResponse
 from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 
-from accounts.refusals import Refusal
-from inference import admission
-from inference.admission import Admitted, CachedAnswer
-from inference.api import cancelling
+from accounts.trail.refusals import Refusal
+from inference.api.answering import TextView
 from inference.api.async_view import Later, Outcome, json_response
-from inference.api.following import Ending, collect, ending_of_cached, events_of_cached
-from inference.api.generation import ALL_OR_NOTHING, GenerationView, answer_headers, is_all_or_nothing
+from inference.api.following import Collected, Ending
+from inference.api.generation import ALL_OR_NOTHING, IDEMPOTENCY_KEY, GenerationView, is_all_or_nothing
 from inference.api.native.schemas import (
-    ErrorReply,
+    AcceptedReply,
     GenerateBatchBody,
     GenerateBatchReply,
     GenerateBody,
@@ -27,13 +25,14 @@ from inference.api.native.schemas import (
     GenerateReply,
     SamplingBody,
 )
-from inference.api.parts import Part, Parts, drop
-from inference.api.sse import EventStream, frame
-from inference.api.streaming import open_stream
+from inference.api.parts import Part, Parts
+from inference.api.sse import frame
 from inference.chat.prompt import ChatPrompt
 from inference.engine.types import TokenProbs
+from inference.intake.admission import Admitted, CachedAnswer
+from inference.intake.grammars import form_from
 from inference.orders import GenerateOrder
-from inference.stream import StreamEvent
+from inference.transport.stream import StreamEvent
 
 
 def order_from(
@@ -45,19 +44,22 @@ def order_from(
         model=body.model,
         max_tokens=settings.CONFIG.default_max_tokens if wanted is None else wanted,
         sampling=body.sampling(),
+        form=form_from(body.json_schema),
         decoding=body.decoding(),
         stop=tuple(body.stop or ()),
         adapters=body.wanted_adapters(),
         stream=stream,
         use_cache=body.cache,
         cache_prompt=body.cache_prompt,
+        keep_alive_seconds=body.keep_alive,
+        session=body.session or "",
         all_or_nothing=is_all_or_nothing(request),
         is_batch=is_batch,
     )
 
 
-class GenerateView(GenerationView):
-    """One prompt, or one conversation."""
+class GenerateView(TextView):
+    """One prompt, or one conversation. What its answer speaks of is the model's name."""
 
     route = "/v1/generate"
 
@@ -65,52 +67,26 @@ class GenerateView(GenerationView):
         operation_id="generate",
         summary="Generate text from a prompt or a conversation",
         request=GenerateBody,
-        parameters=[ALL_OR_NOTHING],
-        responses={200: GenerateReply, (200, "text/event-stream"): GenerateEvent, 402: ErrorReply, 504: ErrorReply},
+        parameters=[ALL_OR_NOTHING, IDEMPOTENCY_KEY],
+        responses={
+            200: GenerateReply,
+            202: AcceptedReply,
+            (200, "text/event-stream"): GenerateEvent,
+        },
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(GenerateBody)
-        principal = self.admit_to_view()
+        self.admit_to_view()
         self.stage = "admission"
         order = order_from(body, body.prompt_or_chat(), request, stream=body.stream)
-        answer = admission.admit(principal, order, request_id=self.request_id, route=self.route)
-        self.note_admission(answer)
-        if isinstance(answer, CachedAnswer):
-            return self._stream_cached(answer) if body.stream else self._reply_cached(answer)
-        run = self._stream if body.stream else self._reply
-        return Later(partial(run, answer), abandon=partial(cancelling.cancel, self.request_id))
+        answer = self.admit(order, background=body.background)
+        return self.answer(answer.served.name, answer, stream=body.stream)
 
-    # One JSON object
+    def whole(self, asked: str, collected: Collected, *, cached: bool) -> dict[str, Any]:
+        return {"model": asked, "output": collected.text, "cached": cached, **_probs(collected.probs)}
 
-    async def _reply(self, admitted: Admitted) -> HttpResponse:
-        self.stage = "generation"
-        with cancelling.unless_finished(self.request_id):
-            collected = await collect(self.request_id)
-        ending = collected.ending
-        content = {"model": admitted.served.name, "output": collected.text, "cached": False, **_probs(collected.probs)}
-        return json_response(content, headers=answer_headers(ending, cached=False, clamped=admitted.clamped))
-
-    def _reply_cached(self, answer: CachedAnswer) -> HttpResponse:
-        content = {"model": answer.served.name, "output": answer.completion.output, "cached": True}
-        return json_response(content, headers=answer_headers(ending_of_cached(answer.completion), cached=True))
-
-    # Server-sent events
-
-    async def _stream(self, admitted: Admitted) -> HttpResponseBase:
-        self.stage = "generation"
-        return await open_stream(admitted, NativeFrames(self, admitted.served.name))
-
-    def _stream_cached(self, answer: CachedAnswer) -> EventStream:
-        words = NativeFrames(self, answer.served.name, cached=True)
-
-        async def frames() -> AsyncGenerator[bytes]:
-            delta, ending, end_id = events_of_cached(answer.completion)
-            yield words.delta(delta)
-            yield words.end(ending, end_id)
-
-        response = EventStream(frames(), abandon=lambda: None)
-        response.headers["x-cache"] = "hit"
-        return response
+    def frames(self, asked: str, answer: Admitted | CachedAnswer) -> NativeFrames:
+        return NativeFrames(self, asked, cached=isinstance(answer, CachedAnswer))
 
 
 class NativeFrames:
@@ -139,6 +115,7 @@ class NativeFrames:
         }
         if ending.receipt and not self._cached:
             content["timings_ms"] = {name: round(value * 1000, 1) for name, value in ending.seconds().items()}
+            content.update(_drafts(ending.receipt))
         return frame(content, event="finished", event_id=event_id)
 
     def error(self, refusal: Refusal, event_id: str | None = None) -> bytes:
@@ -156,17 +133,19 @@ class GenerateBatchView(GenerationView):
         operation_id="generate_batch",
         summary="Generate text from several prompts",
         request=GenerateBatchBody,
-        parameters=[ALL_OR_NOTHING],
-        responses={200: GenerateBatchReply, 402: ErrorReply, 504: ErrorReply},
+        parameters=[ALL_OR_NOTHING, IDEMPOTENCY_KEY],
+        responses={
+            200: GenerateBatchReply,
+        },
     )
     def post(self, request: Request) -> Outcome:
         body = self.parse(GenerateBatchBody)
         principal = self.admit_to_view()
         self.stage = "admission"
         orders = [order_from(body, prompt, request, is_batch=True) for prompt in body.prompts]
-        parts = Parts(principal, orders, self.request_id, self.route)
+        parts = self.parts(principal, orders)
         first = parts.admit(0)
-        return Later(partial(self._reply, parts, first), abandon=partial(drop, first))
+        return Later(partial(self._reply, parts, first), abandon=partial(parts.drop, first))
 
     async def _reply(self, parts: Parts, first: Admitted | CachedAnswer) -> HttpResponse:
         self.stage = "generation"
@@ -187,6 +166,12 @@ def _result(part: Part) -> dict[str, Any]:
         "completion_tokens": ending.completion_tokens,
         **_probs(part.collected.probs),
     }
+
+
+def _drafts(receipt: dict[str, Any]) -> dict[str, Any]:
+    """Nothing where nobody guessed."""
+    num_drafted = receipt.get("drafted_tokens", 0)
+    return {"drafts": {"drafted": num_drafted, "accepted": receipt.get("accepted_tokens", 0)}} if num_drafted else {}
 
 
 def _probs(probs: Sequence[TokenProbs]) -> dict[str, Any]:

@@ -14,16 +14,14 @@ from typing import Any, ClassVar
 
 from inference.api.following import Collected, Ending
 from inference.api.openai.replies import Tally, TextLogprobs, chat_logprobs
-from inference.api.openai.schemas import ChatBody, CompletionsBody
+from inference.api.openai.schemas import ChatFields, CompletionsBody
 from inference.api.openai.speech import Speech, Utterance
+from inference.catalog.served import Served
 from inference.chat.prompt import ChatPrompt
-from inference.chat.thinking import THINK, Tags, ThoughtSplitter
+from inference.chat.thinking import THINK, Opening, Tags, ThoughtSplitter
 from inference.engine.types import TokenProbs
-from inference.registry import Served
 from inference.tools import ToolPlan
 
-RANDOM = random.SystemRandom()
-"""For the ids of calls."""
 Choices = list[dict[str, Any]]
 
 
@@ -89,20 +87,22 @@ class Asked(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedChat(Asked):
-    """tags: of the model's thoughts. is_open: the prompt ends within thoughts. plan: of the request's tools."""
+    """tags: of the model's thoughts. opening: None where the answer cannot begin within them, as under a grammar of the
+    client. is_open: the prompt ends within thoughts. plan: of the request's tools."""
 
     prefix: ClassVar[str] = "chatcmpl"
     kind: ClassVar[str] = "chat.completion"
     chunk_kind: ClassVar[str] = "chat.completion.chunk"
 
-    body: ChatBody
+    body: ChatFields
     prompt: ChatPrompt
     plan: ToolPlan
     tags: Tags = THINK
+    opening: Opening | None = None
     is_open: bool = False
 
     def choice(self, index: int, collected: Collected) -> dict[str, Any]:
-        speech = self.speech()
+        speech = self.speech(index)
         spoken = speech.feed(collected.text) + speech.finish()
         message: dict[str, Any] = {"role": "assistant", "content": spoken.content, "refusal": None}
         if spoken.thought:
@@ -119,17 +119,19 @@ class AskedChat(Asked):
     def writer(self, index: int) -> Writer:
         return ChatWriter(self, index)
 
-    def speech(self) -> Speech:
+    def speech(self, index: int) -> Speech:
+        """Who words the same answer again gives calls the same ids."""
         splits = self.body.reasoning_format != "none"
+        rng = random.Random(f"{self.request_id}.{index}")
         return Speech(
             ThoughtSplitter(self.tags, is_open=self.is_open) if splits else None,
-            self.plan.stream(rng=RANDOM, eager=False, is_thinking=self.is_open and not splits),
+            self.plan.stream(rng=rng, is_thinking=self.is_open and not splits),
             max_calls=1 if self.body.parallel_tool_calls is False else None,
         )
 
     def logprobs(self, probs: Sequence[TokenProbs]) -> dict[str, Any] | None:
         """None where none were asked for."""
-        return chat_logprobs(probs, self.body.top_logprobs or 0) if self.body.logprobs else None
+        return chat_logprobs(probs, self.body.top_logprobs or 0) if self.body.reports_logprobs else None
 
 
 def finish_reason(ending: Ending, speech: Speech) -> str | None:
@@ -146,7 +148,7 @@ class ChatWriter(Writer):
 
     def __init__(self, asked: AskedChat, index: int) -> None:
         self._asked, self._index = asked, index
-        self._speech = asked.speech()
+        self._speech = asked.speech(index)
         self._has_begun = False
 
     def delta(self, text: str, probs: Sequence[TokenProbs]) -> Choices:

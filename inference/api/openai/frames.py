@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.api.errors import OpenAIErrors
 from inference.api.following import CANCELLED, Ending
 from inference.api.openai.asked import Asked
 from inference.api.openai.replies import Tally
 from inference.api.sse import frame
-from inference.stream import StreamEvent
+from inference.transport.stream import StreamEvent
 
 DONE = b"data: [DONE]\n\n"
 

@@ -6,11 +6,11 @@ from django.http import HttpResponse
 from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 
-from inference import adapters
 from inference.api.async_view import json_response
-from inference.api.native.account_views import openai_model
+from inference.api.native.account_views import openai_model, states_of
 from inference.api.openai.base import OpenAIView
 from inference.api.openai.schemas import ModelReply
+from inference.catalog import adapters
 
 
 class ModelView(OpenAIView):
@@ -22,4 +22,5 @@ class ModelView(OpenAIView):
     @extend_schema(operation_id="model", summary="One model of this key", responses=ModelReply)
     def get(self, request: Request, model: str) -> HttpResponse:
         served, _ = adapters.resolve_model(model, self.admit_to_view())
-        return json_response({**openai_model(served), "id": model})
+        found = openai_model(served, states_of([served])[served.id])
+        return json_response({**found, "id": model, "display_name": model})

@@ -6,37 +6,46 @@ Parsed once, at the door (async_view.parse); what goes inward is a GenerateOrder
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from accounts.refusals import Refusal
-from inference.adapters import MAX_VECTOR
+from accounts.trail.refusals import Refusal
 from inference.api.chat_schemas import MAX_TOOLS, Messages, Name, TemplateFields
 from inference.api.errors import wrong_field
 from inference.api.llamacpp.schemas import (
-    MAX_PROMPTS,
+    MAX_TOKENS,
     Biases,
     BiasesById,
     Hard,
+    Pieces,
     PromptFields,
     SamplingFields,
+    Text,
+    TextPrompt,
 )
 from inference.api.native.schemas import AdapterBody
 from inference.api.openai.tolerance import known_messages, known_tools
+from inference.catalog.adapters import MAX_VECTOR
 from inference.chat.prompt import ChatPrompt
-from inference.grammars import grammar_from
+from inference.intake.grammars import grammar_from
 from inference.orders import Wanted
 
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 MAX_BEST_OF = 128
+MAX_PROMPTS = 128
+MAX_ANSWERS = 128
+"""Prompts times answers to each; few of them are admitted at once (parts.py)."""
 MAX_SUFFIX_CHARACTERS = 1 << 16
 LENIENT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Label = Annotated[str, Field(max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 EitherBias = Annotated[
     Annotated[Biases, Tag("pairs")] | Annotated[BiasesById, Tag("by_id")],
@@ -116,7 +125,7 @@ class OpenAIFields(SamplingFields):
     model_config = LENIENT
 
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Hard(1, MAX_PROMPTS)] | None = Field(None, description="Answers to each prompt.")
+    n: Annotated[int, Hard(1, MAX_ANSWERS)] | None = Field(None, description="Answers to each prompt.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="0 is greedy; absent is the setting DEFAULT_TEMPERATURE."
     )
@@ -134,6 +143,10 @@ class OpenAIFields(SamplingFields):
         None, description="LoRA adapters by name; absent is the tenant's default, [] is none."
     )
 
+    prompt_cache_key: Label | None = Field(None, description="As session; so are the next two.")
+    safety_identifier: Label | None = None
+    user: Label | None = None
+
     @model_validator(mode="after")
     def _says_it_once(self) -> Self:
         if self.adapters is not None and self.lora is not None:
@@ -149,10 +162,18 @@ class OpenAIFields(SamplingFields):
         """A JSON Schema that the answer follows, and the field that it comes from."""
         return self.json_schema, "json_schema"
 
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        return self.response_schema[0]
+
     def wanted_adapters(self) -> Wanted | None:
         if self.adapters is None:
             return super().wanted_adapters()
         return tuple((each.name, each.scale) for each in self.adapters)
+
+    @property
+    def session_name(self) -> str:
+        return self.session or self.prompt_cache_key or self.safety_identifier or self.user or ""
 
     @property
     def shifts_context(self) -> bool:
@@ -177,22 +198,74 @@ class OpenAIFields(SamplingFields):
             raise Refusal(refusal.code, message, **{**refusal.extra, "field": place}) from refusal
 
 
-class ChatBody(OpenAIFields, TemplateFields):
+class ChatFields(OpenAIFields, ABC):
+    """What the next turn of a conversation is asked with, on any route."""
+
+    model_config = LENIENT
+
+    top_logprobs: Annotated[int, Hard(0, MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Most probable tokens to report beside each one, where tokens are reported."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most. Absent is true.")
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = Field(
+        None, description="none: thoughts stay in the content; else they are told apart."
+    )
+    thinking_budget_tokens: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(
+        None, description="Tokens of thoughts: longer ones are ended, and the answer goes on. -1: the model ends them."
+    )
+    reasoning_budget_tokens: Annotated[int, Hard(-1, MAX_TOKENS)] | None = Field(
+        None, description="Another name of thinking_budget_tokens, which goes before it."
+    )
+
+    @property
+    @abstractmethod
+    def reports_logprobs(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def choice(self) -> str:
+        """none, auto or required."""
+
+    @property
+    @abstractmethod
+    def named_tool(self) -> str | None:
+        """The one that must be called."""
+
+    @property
+    def max_thought(self) -> int | None:
+        """Tokens of thoughts; None leaves it to the model."""
+        given = (self.thinking_budget_tokens, self.reasoning_budget_tokens)
+        wanted = next((each for each in given if each is not None), -1)
+        return None if wanted < 0 else wanted
+
+    @property
+    def must_call(self) -> bool:
+        return self.choice == "required" or self.named_tool is not None
+
+    @property
+    def num_probs(self) -> int:
+        """One at least, or the chosen token's own would not be reported."""
+        return max(1, self.top_logprobs or 0) if self.reports_logprobs else 0
+
+    def check_choice(self, tool_names: Collection[str]) -> None:
+        """Raises Refusal for a choice that no answer can keep."""
+        if self.must_call and not tool_names:
+            raise wrong_field("tool_choice", "asks for a call, and there are no tools")
+        if self.named_tool is not None and self.named_tool not in tool_names:
+            raise wrong_field("tool_choice", "names a function that is not among the tools")
+        if self.must_call and (self.grammar or self.response_schema[0] is not None):
+            raise wrong_field("tool_choice", "asks for a call, and the answer is to have another form")
+
+
+class ChatBody(ChatFields, TemplateFields):
     """POST /v1/chat/completions."""
 
     model_config = LENIENT
 
     messages: Messages
     logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
-    top_logprobs: Annotated[int, Hard(0, MAX_TOP_LOGPROBS)] | None = Field(
-        None, description="Most probable tokens to report beside each one; with logprobs."
-    )
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(None, description="false: one call at most. Absent is true.")
-    reasoning_format: Literal["none", "auto", "deepseek"] | None = Field(
-        None, description="none: thoughts stay in the content; else they are reasoning_content."
-    )
     modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
     functions: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Refused: send tools."
@@ -222,19 +295,14 @@ class ChatBody(OpenAIFields, TemplateFields):
             raise wrong_field("functions", "not supported: send tools")
         if self.top_logprobs and not self.logprobs:
             raise wrong_field("top_logprobs", "needs logprobs: true")
-        if self.must_call and not self.tools:
-            raise wrong_field("tool_choice", "asks for a call, and there are no tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.tool_names:
-            raise wrong_field("tool_choice", "names a function that is not among the tools")
         if self.response_format and self.response_format.type != "text" and self.json_schema is not None:
             raise wrong_field("response_format", "give either response_format or json_schema, not both")
-        if self.must_call and (self.grammar or self.response_schema[0] is not None):
-            raise wrong_field("tool_choice", "asks for a call, and the answer is to have another form")
+        self.check_choice([tool.function.name for tool in self.tools or ()])
         return self
 
     @property
-    def must_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+    def reports_logprobs(self) -> bool:
+        return bool(self.logprobs)
 
     @property
     def choice(self) -> str:
@@ -243,15 +311,6 @@ class ChatBody(OpenAIFields, TemplateFields):
     @property
     def named_tool(self) -> str | None:
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-
-    @property
-    def tool_names(self) -> list[str]:
-        return [tool.function.name for tool in self.tools or ()]
-
-    @property
-    def num_probs(self) -> int:
-        """One at least, or the chosen token's own would not be reported."""
-        return max(1, self.top_logprobs or 0) if self.logprobs else 0
 
     @property
     def response_schema(self) -> tuple[dict[str, Any] | None, str]:
@@ -269,6 +328,12 @@ class CompletionsBody(OpenAIFields, PromptFields):
     """POST /v1/completions."""
 
     model_config = LENIENT
+    most_prompts = MAX_PROMPTS
+    most_answers = MAX_ANSWERS
+
+    prompt: Text | TextPrompt | Pieces | Annotated[list[Text | Pieces | TextPrompt], Field(max_length=MAX_PROMPTS)] = (
+        Field(description="A text, token ids, texts and token ids in one array; or an array of such prompts.")
+    )
 
     logprobs: Annotated[int, Hard(0, MAX_COMPLETION_LOGPROBS)] | None = Field(
         None, description="Most probable tokens to report beside each one, whose own is reported too."
@@ -415,9 +480,17 @@ class TextCompletion(Completion):
     choices: list[TextChoice]
 
 
+class InputTokensReply(BaseModel):
+    """Of a conversation that is not answered, on any route."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class ModelReply(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    status: dict[str, Any] = Field(description="value: loaded, loading, waiting, unloaded, failed; and its progress.")
     meta: dict[str, Any]

@@ -10,12 +10,21 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from accounts import throttling
-from accounts.permissions import IsOperator
-from accounts.principals import Principal
-from accounts.refusals import Refusal
-from inference.api.headers import Rate, add_headers, log_fields, rate_headers
+from accounts.identity.permissions import IsOperator
+from accounts.identity.principals import Principal
+from accounts.limits import throttling
+from accounts.trail import audit_log, refusal_log
+from accounts.trail.refusals import Refusal
+from inference.api.errors import field_error, validation_refusal
+from inference.api.headers import Rate, add_headers, log_fields, rate_headers, request_id_of
 from inference.api.schema import ApiSchema
+from inference.vetting.inspection import RegistrationError
+
+
+def registration_refusal(error: RegistrationError) -> Refusal:
+    """Why a file is not taken, as errors of fields."""
+    listed = [field_error((field,), text, error.code) for field, texts in error.fields.items() for text in texts]
+    return validation_refusal(listed)
 
 
 class OperatorView(APIView):
@@ -34,6 +43,7 @@ class OperatorView(APIView):
         principal = request.user
         assert isinstance(principal, Principal)  # the authenticator returns nothing else
         fields.update(api_key_id=principal.public_id, api_key_role=principal.role, tenant_id=principal.tenant_id)
+        audit_log.act_as(audit_log.Actor("key", f"{principal.public_id} of {principal.tenant_name}"[:150]))
         self.request_rate = throttling.count_request(principal, request)
         super().initial(request, *args, **kwargs)
 
@@ -46,8 +56,16 @@ class OperatorView(APIView):
         response = super().finalize_response(request, response, *args, **kwargs)
         refusal: Refusal | None = getattr(request._request, "refusal", None)
         if refusal is not None:
-            log_fields(request._request)["error_type"] = refusal.code
+            fields = log_fields(request._request)
+            fields["error_type"] = refusal.code
         principal = getattr(request, "_user", None)
+        if refusal is not None:
+            refusal_log.note(
+                refusal,
+                request_id=request_id_of(request._request),
+                route=fields.get("route", ""),
+                principal=principal if isinstance(principal, Principal) else None,
+            )
         if isinstance(principal, Principal):
             self._look_up_rates(principal, request)
             add_headers(response, rate_headers("requests", self.request_rate))

@@ -5,10 +5,8 @@ Nothing that has a ledger is deleted: tenants are suspended, keys are revoked.
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
-from django.db import transaction
 from django.db.models import QuerySet
 from django.http import HttpResponse
 from django.utils import timezone
@@ -20,30 +18,42 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
-from accounts import issuing, principals, quotas
-from accounts.models import APIKey, LedgerEntry, Plan, QuotaPeriod, Tenant
-from accounts.refusals import Refusal
-from inference import registry, settlement
+from accounts.identity import issuing
+from accounts.ledger import adjusting
+from accounts.limits import limit_rules, raises
+from accounts.limits.approval import RaiseError
+from accounts.models import APIKey, LedgerEntry, LimitRule, Plan, Price, QuotaPeriod, QuotaRaise, RefusedRequest, Tenant
+from accounts.trail import audit_log
+from accounts.trail.refusals import Refusal
+from inference import settlement
 from inference.api import cancelling
 from inference.api.errors import field_error, validation_refusal
 from inference.api.operator import reports
-from inference.api.operator.base import OperatorView
+from inference.api.operator.base import OperatorView, registration_refusal
 from inference.api.operator.paging import Pages, read_query
 from inference.api.operator.serializers import (
     AdjustForm,
+    BatchSerializer,
     IssuedKeySerializer,
     IssueForm,
     KeySerializer,
     LedgerSerializer,
+    LimitRuleSerializer,
     PeriodSerializer,
     PlanSerializer,
+    PriceSerializer,
+    QuotaRaiseSerializer,
+    RefusedSerializer,
     RegisterForm,
     RotateForm,
     ServedModelSerializer,
     TenantSerializer,
 )
-from inference.inspection import RegistrationError
+from inference.batches import book
+from inference.batches.models import Batch
+from inference.catalog import model_rows
 from inference.models import ServedModel
+from inference.vetting.inspection import RegistrationError
 
 PARAMETERS = {"text": OpenApiParameter("format", str, enum=["text", "json", "md"])}
 
@@ -55,11 +65,6 @@ class PlanViewSet(OperatorView, viewsets.ModelViewSet[Plan]):
     serializer_class = PlanSerializer
     pagination_class = Pages
     http_method_names = ["get", "post", "patch", "delete"]
-
-    def perform_update(self, serializer: BaseSerializer[Plan]) -> None:
-        with transaction.atomic():
-            serializer.save()
-            principals.announce_change(principals.EVERYTHING)
 
 
 class TenantViewSet(
@@ -78,9 +83,7 @@ class TenantViewSet(
     http_method_names = ["get", "post", "patch"]
 
     def perform_update(self, serializer: BaseSerializer[Tenant]) -> None:
-        with transaction.atomic():
-            tenant = serializer.save()
-            principals.announce_tenant(tenant.pk)
+        tenant = serializer.save()
         if tenant.status == Tenant.Status.SUSPENDED:
             cancelling.cancel_all(tenant_id=tenant.pk)
 
@@ -109,11 +112,6 @@ class KeyViewSet(
         except issuing.IssuingError as error:
             raise validation_refusal([field_error(("expires_at",), str(error), "invalid")]) from error
         return _issued(key, text)
-
-    def perform_update(self, serializer: BaseSerializer[APIKey]) -> None:
-        with transaction.atomic():
-            key = serializer.save()
-            principals.announce_change(key.public_id)
 
     @extend_schema(request=RotateForm, responses={201: IssuedKeySerializer})
     @action(detail=True, methods=["post"])
@@ -166,15 +164,14 @@ class QuotaViewSet(
         form = AdjustForm(data=request.data)
         form.is_valid(raise_exception=True)
         order, now = form.validated_data, timezone.now()
-        tenant, key = order["tenant"], order.get("key")
+        tenant = order["tenant"]
         try:
-            quotas.adjust(
-                request_id=f"adjust-{uuid.uuid4()}",
-                tenant_id=tenant.pk,
-                key_id=(key.quota_key_id or key.pk) if key else None,
-                anchor_day=tenant.quota_anchor_day,
+            adjusting.adjust(
+                tenant,
+                order.get("key"),
                 tokens=order["tokens"],
                 requests=order["requests"],
+                cost=order["cost"],
                 reason=order["reason"],
                 now=now,
             )
@@ -182,6 +179,83 @@ class QuotaViewSet(
             raise Refusal("conflict", str(error)) from error
         rows = self.get_queryset().filter(tenant=tenant, starts_at__lte=now, ends_at__gt=now)[:200]
         return Response(PeriodSerializer(rows, many=True).data)
+
+
+class PriceViewSet(
+    OperatorView,
+    mixins.CreateModelMixin,
+    mixins.DestroyModelMixin,
+    mixins.ListModelMixin,
+    viewsets.GenericViewSet[Price],
+):
+    """Prices of a million tokens. A change is a new row with a later `valid_from`; what was settled keeps its cost."""
+
+    queryset = Price.objects.order_by("model", "-valid_from")
+    serializer_class = PriceSerializer
+    pagination_class = Pages
+
+
+class LimitRuleViewSet(
+    OperatorView,
+    mixins.CreateModelMixin,
+    mixins.DestroyModelMixin,
+    mixins.ListModelMixin,
+    viewsets.GenericViewSet[LimitRule],
+):
+    """Other values of limits for a time. Of several in force at once the one that was made last counts."""
+
+    queryset = LimitRule.objects.select_related("plan", "tenant", "key").order_by("-id")
+    serializer_class = LimitRuleSerializer
+    pagination_class = Pages
+
+    def perform_create(self, serializer: BaseSerializer[LimitRule]) -> None:
+        rule = LimitRule(**serializer.validated_data)
+        limit_rules.save(rule)
+        serializer.instance = rule
+
+
+class QuotaRaiseViewSet(
+    OperatorView,
+    mixins.CreateModelMixin,
+    mixins.RetrieveModelMixin,
+    mixins.ListModelMixin,
+    viewsets.GenericViewSet[QuotaRaise],
+):
+    """More tokens a month than QUOTA_APPROVAL_TOKENS: one key asks, another one approves."""
+
+    queryset = QuotaRaise.objects.select_related("tenant").order_by("-id")
+    serializer_class = QuotaRaiseSerializer
+    pagination_class = Pages
+
+    def perform_create(self, serializer: BaseSerializer[QuotaRaise]) -> None:
+        serializer.instance = raises.ask(**serializer.validated_data)
+
+    @extend_schema(request=None, responses=QuotaRaiseSerializer)
+    @action(detail=True, methods=["post"])
+    def approve(self, request: Request, pk: str = "") -> Response:
+        """In force at once. 409 for what the same key asked, and for what was decided before."""
+        return self._decide(approve=True)
+
+    @extend_schema(request=None, responses=QuotaRaiseSerializer)
+    @action(detail=True, methods=["post"])
+    def refuse(self, request: Request, pk: str = "") -> Response:
+        """Say no. 409 for what was decided before."""
+        return self._decide(approve=False)
+
+    def _decide(self, *, approve: bool) -> Response:
+        try:
+            row = raises.decide(self.get_object().pk, approve=approve)
+        except RaiseError as error:
+            raise Refusal("conflict", str(error.message)) from error
+        return Response(QuotaRaiseSerializer(row).data)
+
+
+class RefusalViewSet(OperatorView, mixins.ListModelMixin, viewsets.GenericViewSet[RefusedRequest]):
+    """Requests that were refused, newest first; read-only."""
+
+    queryset = RefusedRequest.objects.select_related("tenant", "key").order_by("-id")
+    serializer_class = RefusedSerializer
+    pagination_class = Pages
 
 
 class LedgerViewSet(OperatorView, mixins.ListModelMixin, viewsets.GenericViewSet[LedgerEntry]):
@@ -223,18 +297,35 @@ class ServedModelViewSet(OperatorView, viewsets.ModelViewSet[ServedModel]):
     @extend_schema(responses={204: None})
     def destroy(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Forget a model; its file and its receipts stay."""
-        registry.remove([self.get_object().pk])
+        model_rows.remove([self.get_object().pk])
         return Response(status=204)
 
 
 def _register(path: str, name: str, options: dict[str, Any]) -> ServedModel:
     default = options.pop("is_default", None)
     try:
-        return registry.register(path, name, default=default or None, **options)
+        return model_rows.register(path, name, default=default or None, **options)
     except RegistrationError as error:
-        fields = error.fields or {"path": [error.message]}
-        listed = [field_error((field,), text, error.code) for field, texts in fields.items() for text in texts]
-        raise validation_refusal(listed) from error
+        raise registration_refusal(error) from error
+
+
+class BatchViewSet(OperatorView, mixins.RetrieveModelMixin, mixins.ListModelMixin, viewsets.GenericViewSet[Batch]):
+    """Batches of all tenants, newest first."""
+
+    queryset = Batch.objects.select_related("tenant", "key").order_by("-created_at", "-id")
+    serializer_class = BatchSerializer
+    pagination_class = Pages
+
+    @extend_schema(request=None, responses=BatchSerializer)
+    @action(detail=True, methods=["post"])
+    def cancel(self, request: Request, pk: str = "") -> Response:
+        """Begin nothing more of it; what runs may end. 409 where it has ended."""
+        batch = self.get_object()
+        if not book.cancel(batch.pk, timezone.now()):
+            raise Refusal("conflict", f"A batch that is {batch.status} cannot be cancelled.")
+        audit_log.acted(batch, {"status": (batch.status, Batch.Status.CANCELLING)})
+        batch.refresh_from_db()
+        return Response(BatchSerializer(batch).data)
 
 
 class UsageView(OperatorView):

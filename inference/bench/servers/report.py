@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from inference.bench import bars, chart, machine
+from inference.bench import bars, chart
 from inference.bench.figures import PACK_UNIT_SECONDS, Spread, pack, thin
 from inference.bench.page import grid
 from inference.bench.report import FORMAT, rounded
@@ -19,6 +19,7 @@ from inference.bench.servers.sides import CONTEXT, LOOKUP, SLOTS
 from inference.bench.servers.study import Cell, Study
 from inference.bench.servers.workloads import PEER, PYTHON, SIDE
 from inference.bench.tables import table, verdict
+from inference.tuning import machine
 
 HEADINGS = (
     "workload",

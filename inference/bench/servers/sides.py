@@ -34,7 +34,7 @@ from inference.bench.servers.workloads import (
     Arm,
     Workload,
 )
-from inference.models_yaml import Options
+from inference.site_file.models_form import Options
 from llmsite.demo import ADAPTERS as DEMO_ADAPTERS
 from llmsite.demo import MODEL_NAME, demo_model_path
 
@@ -48,6 +48,8 @@ IDLE_SECONDS = 2.0
 MOST_IDLE_SHARE = 0.02
 """Of one processor, used by a peer that nobody asks anything."""
 LOOKUP_FIELD = "draft_kind"
+LANES = 2
+"""Of the shipped model, which has adapters: as many as this machine's cores could want, for key-value memory twice."""
 WITH_LOOKUP = "-lookup"
 """A model of its own for each variant: the one without drafts is what it would be without them."""
 
@@ -145,7 +147,7 @@ def running(scratch: Path, workloads: Sequence[Workload], threads: int, say: Say
         yield Sides(
             by_arm=by_arm,
             builds=builds,
-            commands={SIDE: "manage.py up --demo", **_commands(threads)},
+            commands={SIDE: f"manage.py up --demo, n_lanes {LANES} for the model with adapters", **_commands(threads)},
             idle_cpu=_idle(roots, say),
             model=MODEL_NAME,
             metrics_of=ours,
@@ -175,7 +177,8 @@ def models_yaml(files: Mapping[str, Path], asked: Iterable[Arm], threads: int) -
         for name, path in zip(names, adapter_files(), strict=True)
     ]
     lookup = {LOOKUP_FIELD: "prompt_lookup", "draft_n_max": LOOKUP.draft_tokens}
-    models: list[dict[str, Any]] = [{"id": MODEL_NAME, "path": str(files[SHIPPED]), "adapters": adapters}]
+    shipped = {"id": MODEL_NAME, "path": str(files[SHIPPED]), "adapters": adapters, "n_lanes": LANES}
+    models: list[dict[str, Any]] = [shipped]
     models += [
         {"id": _model_of(arm), "path": str(files[arm.variant]), **(lookup if arm.drafts else {})}
         for arm in sorted(asked, key=str)

@@ -18,10 +18,12 @@ from inference.engine.costs import CostCurve, measure
 from inference.engine.llama import abilities
 from inference.engine.llama.batch import Batch
 from inference.engine.llama.candidates import Candidates
+from inference.engine.llama.embedder import LlamaEmbedder
 from inference.engine.llama.library import forward_log, native, token_bytes, token_texts
 from inference.engine.llama.loading import (
     check_options,
     checked_file,
+    is_causal,
     load_model,
     make_context,
     step_tokens,
@@ -29,7 +31,6 @@ from inference.engine.llama.loading import (
     usable_cpus,
 )
 from inference.engine.llama.model import SharedModel
-from inference.engine.llama.prefixes import Prefixes
 from inference.engine.llama.samplers import SlotSampler
 from inference.engine.types import AdapterVector, EngineError, SamplingParams
 
@@ -67,17 +68,14 @@ class LlamaBackend:
         self._context = new_context()
         model.join(self._detach)
         self._memory = native.llama_get_memory(self._context)
-        self._vocab = native.llama_model_get_vocab(model.native)
-        self.n_vocab: int = native.llama_vocab_n_tokens(self._vocab)
+        self._vocab = model.vocab
+        self.n_vocab = len(model.pieces)
         self.adds_bos: bool = native.llama_vocab_get_add_bos(self._vocab)
-        self._end_tokens = tuple(
-            token for token in range(self.n_vocab) if native.llama_vocab_is_eog(self._vocab, token)
-        )
-        self._is_end = frozenset(self._end_tokens)
-        self._pieces: dict[int, bytes] = {}
+        self._is_end = frozenset(model.end_tokens)
         self._samplers: dict[int, SlotSampler] = {}
+        self._detached: dict[int, SlotSampler] = {}
+        self._num_detached = 0
         self._candidates = Candidates(self.n_vocab)
-        self._prefixes = Prefixes([self.piece(token) for token in range(self.n_vocab)], self._end_tokens)
         self._attached: AdapterVector = ()
         self._batch = Batch(self.max_step_tokens)
         self._is_freed = False
@@ -115,7 +113,8 @@ class LlamaBackend:
         model = load_model(file, n_gpu_layers, progress)
         try:
             n_ctx = trained_context(model, n_ctx)
-            num_outputs = n_slots + max_draft_tokens
+            # What sees all of its tokens at once gives them all, whatever is asked for, and aborts where that is more.
+            num_outputs = n_slots + max_draft_tokens if is_causal(model) else step_tokens(n_slots)
             backend = cls(
                 SharedModel(model, is_on_cpu=n_gpu_layers == 0),
                 partial(make_context, model, n_ctx, n_slots, n_threads, kv_type, flash_attention, num_outputs),
@@ -143,6 +142,9 @@ class LlamaBackend:
         backend.cost, backend.abilities = self.cost, self.abilities
         return backend
 
+    def embedder(self) -> LlamaEmbedder:
+        return LlamaEmbedder(self._model, n_ctx=self.n_ctx, n_threads=self.n_threads)
+
     def set_threads(self, number: int) -> None:
         native.llama_set_n_threads(self._context, number, number)
 
@@ -157,9 +159,9 @@ class LlamaBackend:
             prompt=prompt,
             seed=seed,
             n_ctx=self.n_ctx,
-            end_tokens=self._end_tokens,
+            end_tokens=self._model.end_tokens,
             candidates=self._candidates,
-            prefixes=self._prefixes,
+            prefixes=self._model.prefixes,
             piece=self.piece,
             shown_piece=self.shown_piece,
         )
@@ -235,15 +237,7 @@ class LlamaBackend:
         self._attach(())
 
     def _attach(self, adapters: AdapterVector) -> None:
-        """The whole vector of the next step: what is not named is detached. Costs about 4 ms at the next decode."""
-        number = len(adapters)
-        handles = (native.llama_adapter_lora_p_ctypes * number)(
-            *(self._model.adapters[digest] for digest, _ in adapters)
-        )
-        scales = (ctypes.c_float * number)(*(scale for _, scale in adapters))
-        status = native.llama_set_adapters_lora(self._context, handles, number, scales)
-        if status != 0:
-            raise RuntimeError(f"llama.cpp cannot attach {number} adapters (status {status})")
+        self._model.attach(self._context, adapters)
         self._attached = adapters
 
     def _decode(self, work: Sequence[SlotWork]) -> list[int]:
@@ -257,10 +251,7 @@ class LlamaBackend:
         return rows
 
     def piece(self, token: int) -> bytes:
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = self._pieces[token] = token_bytes(self._vocab, token)
-        return piece
+        return self._model.pieces[token]
 
     def shown_piece(self, token: int) -> bytes:
         return token_bytes(self._vocab, token, special=True)
@@ -272,6 +263,19 @@ class LlamaBackend:
     def is_end(self, token: int) -> bool:
         return token in self._is_end
 
+    def detach(self, slot_id: int) -> int:
+        self._num_detached += 1
+        self._detached[self._num_detached] = self._samplers.pop(slot_id)
+        self.erase(slot_id)
+        return self._num_detached
+
+    def attach(self, slot_id: int, number: int) -> None:
+        self.close(slot_id)
+        self._samplers[slot_id] = self._detached.pop(number)
+
+    def drop(self, number: int) -> None:
+        self._detached.pop(number).free()
+
     def close(self, slot_id: int) -> None:
         if sampler := self._samplers.pop(slot_id, None):
             sampler.free()
@@ -282,6 +286,8 @@ class LlamaBackend:
         self._is_freed = True
         for slot_id in tuple(self._samplers):
             self.close(slot_id)
+        for number in tuple(self._detached):
+            self.drop(number)
         with self._model.leaving(self._detach):
             native.llama_free(self._context)
 

@@ -114,12 +114,13 @@ def _memory(address: int, kind: np.dtype[Any], number: int) -> npt.NDArray[Any]:
     return np.frombuffer(memory, kind, number)
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Natural log-probabilities over the whole vocabulary."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max()
-    shifted -= math.log(np.exp(shifted).sum())
-    return shifted
+def log_softmax(logits: npt.NDArray[np.float32], places: Sequence[int]) -> list[float]:
+    """Natural log-probabilities of these tokens, among the whole vocabulary."""
+    highest = logits.max().astype(np.float64)
+    shares = np.subtract(logits, highest, dtype=np.float64)
+    np.exp(shares, out=shares)
+    found: list[float] = (logits[places].astype(np.float64) - highest - math.log(shares.sum())).tolist()
+    return found
 
 
 def most_probable(values: npt.NDArray[Any], number: int) -> Sequence[int]:

@@ -6,6 +6,7 @@ loads it.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable
@@ -21,6 +22,8 @@ CONTEXT_STEP = 256
 """llama.cpp rounds the context of a sequence up to a multiple of this; our limit is exact and below it."""
 
 MAX_STEP_TOKENS = 512
+CPU_EMBEDDING_TOKENS = 128
+"""More at once are no faster on a CPU. Every one has a row of scores, 200 KB to 1 MB, twice."""
 KV_TYPES = {"f16": native.GGML_TYPE_F16, "q8_0": native.GGML_TYPE_Q8_0, "q4_0": native.GGML_TYPE_Q4_0}
 _FLASH_ATTENTION = {
     None: native.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -70,17 +73,26 @@ def checked_file(path: Path, kind: str = "model") -> Path:
 
 
 def load_model(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> Any:
+    """A native model. Raises EngineError, and what `progress` raises, which ends the load."""
     params = native.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
+    raised: list[Exception] = []
 
     @native.llama_progress_callback
     def report(fraction: float, _user_data: object) -> bool:
-        if progress is not None:
-            progress(fraction)
-        return True
+        try:
+            if progress is not None:
+                progress(fraction)
+        except Exception as error:  # noqa: BLE001 (it cannot cross llama.cpp, and is raised below)
+            raised.append(error)
+        return not raised
 
     params.progress_callback = report
     model = native.llama_model_load_from_file(os.fsencode(path), params)
+    if raised:
+        if model:
+            native.llama_model_free(model)
+        raise raised[0]
     if not model:
         raise EngineError(
             "model_file_invalid",
@@ -91,6 +103,48 @@ def load_model(path: Path, n_gpu_layers: int, progress: Callable[[float], None] 
         native.llama_model_free(model)
         raise EngineError("model_file_invalid", f"{path} is no decoder-only model: it cannot generate text here")
     return model
+
+
+def meta(model: Any, key: str) -> str | None:
+    """A value of the file's header, as llama.cpp writes it; None where it is not there or long."""
+    buffer = ctypes.create_string_buffer(256)
+    length = native.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if 0 <= length < len(buffer) else None
+
+
+def is_causal(model: Any) -> bool:
+    """Whether tokens see only those before them, so that an input can be computed piece by piece."""
+    architecture = meta(model, "general.architecture")
+    return meta(model, f"{architecture}.attention.causal") != "false"
+
+
+def embedding_tokens(model: Any, n_ctx: int, *, is_on_cpu: bool) -> int:
+    """Tokens of the largest step that gives vectors: the smaller, the less memory for scores that nobody reads. Where
+    tokens see those behind them, a whole input is one step."""
+    least = CPU_EMBEDDING_TOKENS if is_on_cpu else MAX_STEP_TOKENS
+    return least if is_causal(model) else max(n_ctx, least)
+
+
+def make_embedding_context(model: Any, n_ctx: int, n_places: int, n_threads: int, *, step_tokens: int) -> Any:
+    """A context whose tokens all give vectors, with a KV stream for each place; where a whole input is one step, it
+    must not be divided as streams are, and one is enough. Raises EngineError "model_does_not_fit"."""
+    params = native.llama_context_default_params()
+    params.kv_unified = not is_causal(model)
+    room = max(n_ctx, step_tokens) if params.kv_unified else n_ctx
+    params.n_ctx = -(-room // CONTEXT_STEP) * CONTEXT_STEP * (1 if params.kv_unified else n_places)
+    params.n_seq_max = n_places
+    params.n_batch = params.n_ubatch = step_tokens
+    params.n_threads = params.n_threads_batch = n_threads
+    params.embeddings = True
+    params.pooling_type = native.LLAMA_POOLING_TYPE_NONE
+    # With flash attention a CPU takes another kernel from 64 tokens on: the same text differed by 0.9 % in company.
+    # Without, a vector is the same to the last bit however texts are batched and cut.
+    params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.no_perf = True
+    context = native.llama_init_from_model(model, params)
+    if not context:
+        raise EngineError("model_does_not_fit", f"no context for embeddings of {n_ctx} tokens: lower n_ctx")
+    return context
 
 
 def trained_context(model: Any, n_ctx: int) -> int:

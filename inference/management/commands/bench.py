@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
 from rich.console import Console
 
-from inference.bench import batching, batching_report, calls, children, gateway, load, machine, report, tables
+from accounts.management.base import HouseCommand
+from inference.bench import batching, batching_report, calls, children, gateway, load, report, tables
 from inference.bench.digest import digest
+from inference.tuning import machine
 from llmsite.config import BASE_DIR
 
 LOG_WIDTH = 200
 """Columns where the output goes to a file or a pipe."""
-EXAMPLES = """examples:
-  manage.py bench                          llmsite and LiteLLM side by side, about seven minutes
-  manage.py bench --no-peer --rounds 1     llmsite alone, two minutes
-  manage.py bench --clients 1,16 --seconds 5 --out bench-results
-  manage.py bench --engine                 what one batch gains, with the demo model
-"""
 
 
 def clients_list(text: str) -> tuple[int, ...]:
@@ -51,13 +45,17 @@ def between(low: float, high: float, kind: type[int] | type[float]) -> Any:
     return parse
 
 
-class Command(BaseCommand):
+class Command(HouseCommand):
     help = "Measure the path around the model beside the LiteLLM proxy, or (--engine) what one batch gains."
+    examples = (
+        "bench",
+        "bench --no-peer --rounds 1",
+        "bench --clients 1,16 --seconds 5 --out bench-results",
+        "bench --engine --json",
+    )
     requires_system_checks: list[str] = []  # its servers have a state folder of their own
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.epilog = EXAMPLES
         parser.add_argument("--engine", action="store_true", help="Measure batching with the real demo model instead.")
         parser.add_argument("--rounds", type=between(1, 50, int), help="Rounds over all arms (4; with --engine 5).")
         parser.add_argument("--seconds", type=between(0.2, 60, float), default=2.0, help="Time of one measurement (2).")
@@ -67,11 +65,10 @@ class Command(BaseCommand):
         parser.add_argument(
             "--out", type=Path, default=BASE_DIR / "docs" / "benchmarks", help="Folder for the results."
         )
-        parser.add_argument("--json", action="store_true", help="Print the result as JSON; nothing else on stdout.")
 
-    def handle(self, *args: Any, **options: Any) -> None:
+    def run(self, options: dict[str, Any]) -> dict[str, Any]:
         if not sys.platform.startswith("linux"):
-            raise CommandError("the benchmark reads Linux's /proc: run it on Linux")
+            self.fail("not_linux", "the benchmark reads Linux's /proc: run it on Linux")
         self.terminal = Console(stderr=options["json"])
         if not self.terminal.is_terminal:
             self.terminal = Console(stderr=options["json"], width=LOG_WIDTH)
@@ -81,11 +78,13 @@ class Command(BaseCommand):
             try:
                 found, paths = measure(options, Path(scratch), described, now)
             except (children.NotStarted, calls.CallRefused, load.LoadFailed) as error:
-                raise CommandError(str(error)) from error
-        if options["json"]:
-            self.stdout.write(json.dumps(found))
+                self.fail("not_measured", str(error))
         for path in paths:
             self.terminal.print(f"written: {path}", markup=False, highlight=False)
+        return found
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Nothing: the tables were printed as they were measured."""
 
     def _gateway(
         self, options: dict[str, Any], scratch: Path, described: dict[str, object], now: datetime

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
 from rich.console import Console
 
-from inference.bench import calls, children, environments, load, machine
+from accounts.management.base import HouseCommand
+from inference.bench import calls, children, environments, load
 from inference.bench.servers import report, study
 from inference.bench.servers.workloads import LETTERS, WORKLOADS
 from inference.management.commands.bench import LOG_WIDTH, between
+from inference.tuning import machine
 from llmsite.config import BASE_DIR
-
-EXAMPLES = """examples:
-  manage.py bench_engine                   all workloads, about ten minutes
-  manage.py bench_engine --quick           one round with shorter answers, to see that all works
-  manage.py bench_engine --only a,b --rounds 5 --out bench-results
-
-workloads:
-"""
 
 
 def letters(text: str) -> tuple[str, ...]:
@@ -39,16 +31,16 @@ def letters(text: str) -> tuple[str, ...]:
 
 
 def listed() -> str:
-    return "\n".join(f"  {workload.letter}  {workload.title}" for workload in WORKLOADS)
+    return "workloads:\n" + "\n".join(f"  {workload.letter}  {workload.title}" for workload in WORKLOADS)
 
 
-class Command(BaseCommand):
+class Command(HouseCommand):
     help = "Measure the engine over HTTP beside llama.cpp's own server and llama-cpp-python's."
+    examples = ("bench_engine", "bench_engine --quick", "bench_engine --only a,b --rounds 5 --out bench-results --json")
+    more_help = listed()
     requires_system_checks: list[str] = []  # its servers have a state folder of their own
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.epilog = EXAMPLES + listed()
         parser.add_argument("--rounds", type=between(1, 50, int), help="Rounds over all workloads (3; 1 with --quick).")
         parser.add_argument(
             "--only", type=letters, default=(), help=f"Workloads, such as a,b ({LETTERS[0]} to {LETTERS[-1]})."
@@ -63,11 +55,10 @@ class Command(BaseCommand):
         parser.add_argument(
             "--out", type=Path, default=BASE_DIR / "docs" / "benchmarks", help="Folder for the results."
         )
-        parser.add_argument("--json", action="store_true", help="Print the result as JSON; nothing else on stdout.")
 
-    def handle(self, *args: Any, **options: Any) -> None:
+    def run(self, options: dict[str, Any]) -> dict[str, Any]:
         if not sys.platform.startswith("linux"):
-            raise CommandError("the benchmark reads Linux's /proc: run it on Linux")
+            self.fail("not_linux", "the benchmark reads Linux's /proc: run it on Linux")
         self.terminal = Console(stderr=options["json"])
         if not self.terminal.is_terminal:
             self.terminal = Console(stderr=options["json"], width=LOG_WIDTH)
@@ -86,13 +77,15 @@ class Command(BaseCommand):
                 load.LoadFailed,
                 environments.PeerUnavailable,
             ) as error:
-                raise CommandError(str(error)) from error
+                self.fail("not_measured", str(error))
         found.notes.extend(machine.busyness(described))
         report.print_tables(self.terminal, found)
-        if options["json"]:
-            self.stdout.write(json.dumps(report.to_json(found, described, now)))
         for path in report.write(options["out"], found, described, now):
             self.terminal.print(f"written: {path}", markup=False, highlight=False)
+        return report.to_json(found, described, now)
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Nothing: the tables were printed as they were measured."""
 
     def _say(self, text: str) -> None:
         self.terminal.print(text, style="dim", markup=False, highlight=False)

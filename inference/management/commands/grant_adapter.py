@@ -8,9 +8,9 @@ from django.core.management.base import CommandParser
 
 from accounts.management.arguments import tenant_named
 from accounts.management.base import HouseCommand
-from inference import adapters
-from inference.inspection import RegistrationError
+from inference.catalog import granting
 from inference.management.naming import adapter_named, as_adapter_row
+from inference.vetting.inspection import RegistrationError
 
 
 class Command(HouseCommand):
@@ -29,7 +29,7 @@ class Command(HouseCommand):
         tenants = [tenant_named(self, name) for name in options["tenants"]]
         try:
             for tenant in tenants:
-                adapters.grant(row, tenant)
+                granting.grant(row, tenant)
         except RegistrationError as error:
             self.fail(error.code, error.message)
         return as_adapter_row(row)

@@ -1,34 +1,71 @@
-"""List the served models."""
+"""The served models: which there are, when they are loaded, and removing."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from django.core.management.base import CommandParser
 from rich.table import Table
 
 from accounts.management.base import HouseCommand
-from inference import registry
+from inference.catalog import model_rows, registry
 from inference.management.listing import as_row
+from inference.management.naming import model_named
 from inference.models import ServedModel
 
-WIDE = 400
+LOAD_MODES = {
+    "eager": ServedModel.LoadMode.EAGER,
+    "lazy": ServedModel.LoadMode.LAZY,
+    "switch-off": ServedModel.LoadMode.OFF,
+}
+ACTIONS = ("list", *LOAD_MODES, "default", "remove")
 
 
 class Command(HouseCommand):
-    help = "List the served models: file, context, slots, memory, when they are loaded."
-    examples = ("models", "models --json")
+    help = (
+        "List the served models: file, context, slots, memory, when they are loaded. Or have some loaded when a worker "
+        "starts (eager) or on their first request (lazy), switch them off, make one the default, or remove them: their "
+        "adapters and grants go with them, their files stay."
+    )
+    examples = (
+        "models",
+        "models --json",
+        "models switch-off smollm2",
+        "models lazy smollm2",
+        "models default smollm2",
+        "models remove smollm2",
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("action", nargs="?", choices=ACTIONS, default="list")
+        parser.add_argument("names", nargs="*", metavar="name", help="of models; default takes one")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
+        action = options["action"]
+        chosen = [model_named(self, name) for name in options["names"]]
+        pks = [row.pk for row in chosen]
+        if action != "list" and not chosen:
+            self.fail("model_missing", f"Say which: models {action} NAME.")
+        if action == "remove":
+            model_rows.remove(pks)
+            return {"removed": [row.name for row in chosen]}
+        if action == "default":
+            if len(chosen) != 1:
+                self.fail("model_ambiguous", "Only one model can be the default.")
+            model_rows.make_default(pks[0])
+        elif action != "list":
+            model_rows.set_load_mode(pks, LOAD_MODES[action])
         rows = ServedModel.objects.select_related("draft_model").order_by("name")
-        return {"models": [as_row(row) for row in registry.with_active_variants(rows)]}
+        found = registry.with_active_variants(rows.filter(pk__in=pks) if pks else rows)
+        return {"models": [as_row(row) for row in found]}
 
     def show(self, result: dict[str, Any]) -> None:
+        if "removed" in result:
+            self.stdout.write(f"Removed: {', '.join(result['removed'])}. The files stay.")
+            return
         if not result["models"]:
             self.stdout.write("No model is registered: python manage.py register_model PATH --name NAME")
             return
-        console = self.console
-        if not console.is_terminal:  # a pipe or a file has no width to keep to
-            console.width = WIDE
         table = Table("name", "file type", "parameters", "slots × context", "memory", "load", "pool", "file", box=None)
         for model in result["models"]:
             table.add_row(
@@ -41,4 +78,4 @@ class Command(HouseCommand):
                 model["pool"],
                 model["path"],
             )
-        console.print(table)
+        self.print_table(table)

@@ -9,11 +9,11 @@ from django.core.management.base import CommandParser
 
 from accounts.management.arguments import tenant_named
 from accounts.management.base import HouseCommand
-from inference import adapters
-from inference.inspection import RegistrationError
+from inference.catalog import adapter_rows
 from inference.management.listing import hashing
 from inference.management.naming import as_adapter_row, model_named
 from inference.models import Adapter
+from inference.vetting.inspection import RegistrationError
 
 
 class Command(HouseCommand):
@@ -42,7 +42,7 @@ class Command(HouseCommand):
         tenants = [tenant_named(self, name) for name in options["grant"] or ()]
         try:
             with hashing(self.console, hidden=self.as_json) as progress:
-                row = adapters.register(
+                row = adapter_rows.register(
                     options["path"],
                     base,
                     options["name"] or Path(options["path"]).stem,

@@ -10,11 +10,11 @@ from django.core.management.base import CommandParser
 
 from accounts.management.base import HouseCommand
 from accounts.models import Tenant
-from inference import registry
+from inference.catalog import model_rows
 from inference.chat.prompt import MAX_TEMPLATE_BYTES
-from inference.inspection import RegistrationError
 from inference.management.listing import as_row, hashing
 from inference.models import ServedModel
+from inference.vetting.inspection import RegistrationError
 
 
 class Command(HouseCommand):
@@ -60,7 +60,7 @@ class Command(HouseCommand):
         parser.add_argument("--force", action="store_true", help="inspect the file again although it looks unchanged")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
-        given = {name: options[name] for name in registry.OPTIONS if options.get(name) is not None}
+        given = {name: options[name] for name in model_rows.OPTIONS if options.get(name) is not None}
         if given.get("chat_template"):
             given["chat_template"] = self._read_template(Path(given["chat_template"]))
         tenants = self._tenants(options["grant"]) if options["grant"] else None
@@ -68,7 +68,7 @@ class Command(HouseCommand):
             given.setdefault("visibility", ServedModel.Visibility.GRANTED)
         try:
             with hashing(self.console, hidden=self.as_json) as progress:
-                row = registry.register(
+                row = model_rows.register(
                     options["path"],
                     options["name"] or Path(options["path"]).stem,
                     default=options["default"] or None,

@@ -8,7 +8,7 @@ from django.core.management.base import CommandParser
 
 from accounts.management.arguments import tenant_named
 from accounts.management.base import HouseCommand
-from inference import adapters
+from inference.catalog import granting
 from inference.management.naming import adapter_named, as_adapter_row
 
 
@@ -26,7 +26,7 @@ class Command(HouseCommand):
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
         row = adapter_named(self, options["adapter"])
         tenants = [tenant_named(self, name) for name in options["tenants"]]
-        revoked = [tenant.name for tenant in tenants if adapters.revoke(row, tenant)]
+        revoked = [tenant.name for tenant in tenants if granting.revoke(row, tenant)]
         return {**as_adapter_row(row), "revoked": revoked}
 
     def show(self, result: dict[str, Any]) -> None:

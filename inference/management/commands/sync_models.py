@@ -8,8 +8,9 @@ from typing import Any
 from django.core.management.base import CommandParser
 
 from accounts.management.base import HouseCommand
-from inference import models_yaml
 from inference.management.listing import hashing
+from inference.site_file import models_yaml
+from inference.site_file.models_form import ModelsYamlError, place_of_file
 
 
 class Command(HouseCommand):
@@ -29,11 +30,11 @@ class Command(HouseCommand):
         parser.add_argument("--prune", action="store_true", help="switch off models that the file does not name")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
-        path = models_yaml.place_of_file(options["file"])
+        path = place_of_file(options["file"])
         try:
             with hashing(self.console, hidden=self.as_json) as progress:
                 outcome = models_yaml.sync(path, dry_run=options["dry_run"], prune=options["prune"], progress=progress)
-        except models_yaml.ModelsYamlError as error:
+        except ModelsYamlError as error:
             self.fail(error.code, "\n".join(error.problems), problems=error.problems)
         return {
             "file": str(outcome.path),

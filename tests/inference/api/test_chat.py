@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from inference import registry
+from inference.catalog import model_rows, registry
 from inference.models import Receipt, ServedModel
 from tests.in_process import CHAT_TEMPLATE, MODEL, N_CTX, Client, InProcessSite, read_events
 
@@ -157,8 +157,7 @@ def test_tools_reach_a_model_whose_template_shows_none(site: InProcessSite) -> N
         ([{"role": "im_end", "content": "x"}], {}, "role"),
         ([{"role": "user", "content": None}], {}, "content"),
         ([{"role": "assistant"}], {}, "content or tool_calls"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "content"),
-        ([{"role": "user", "content": "x", "weight": 1}], {}, "weight"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "takes text alone"),
         ([{"role": "user", "content": "x" * 1_000_001}], {}, "at most 1000000"),
         ([HELLO] * 5000, {}, "at most 4096"),
         ([{**HELLO, "name": "a b"}], {}, "name"),
@@ -175,6 +174,13 @@ def test_what_contradicts_itself_or_is_out_of_bounds_is_refused(
     response = generate(alice, messages, **fields)
     assert response.status_code in (400, 422), response.text
     assert site.charged(site.cast.alice) == (0, 0)
+
+
+def test_fields_of_messages_that_nobody_knows_are_ignored_in_llama_cpps_dialect_alone(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    messages = [{"role": "user", "content": "x", "weight": 1}]
+    assert apply(alice, messages).json() == {"prompt": "user : x\nassistant :"}
+    assert generate(alice, messages).status_code == 422
 
 
 @pytest.mark.parametrize("arguments", ["[1]", "{", '{"a": "\\ud800"}', '{"a": NaN}', '{"a": 1e999}', "[" * 100_000])
@@ -199,7 +205,7 @@ def test_properties_show_the_template_in_use(site: InProcessSite) -> None:
     assert alice.get("/props").json()["chat_template"] == CHAT_TEMPLATE
     row = ServedModel.objects.get(name=MODEL)
     row.chat_template = "{% for m in messages %}({{ m.content }}){% endfor %}"
-    row.chat_facts = registry.check_template(row.chat_template)
+    row.chat_facts = model_rows.check_template(row.chat_template)
     row.save()
     registry.changed()
     assert alice.get("/props").json()["chat_template"] == row.chat_template

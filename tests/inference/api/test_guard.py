@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import threading
 import time
@@ -13,8 +14,10 @@ import orjson
 import pytest
 import uvicorn
 
+from llmsite import guard
 from llmsite.guard import ABORT, REQUEST_ID, REQUEST_LOG, Bounds, Guard, HeaderDeadlineProtocol
 from tests.in_process import wait_until
+from tests.timing import PATIENCE_SECONDS, Stopwatch
 
 pytestmark = pytest.mark.unit
 
@@ -106,12 +109,53 @@ async def test_a_body_over_the_limit_is_a_413(parts: tuple[bytes, ...], headers:
     assert talk.headers[b"connection"] == b"close"
 
 
+async def test_all_bodies_together_are_bounded_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HELD_BODIES", 2)
+    large, bounds = b"x" * (1 << 20), Bounds(max_body_bytes=1 << 20, body_seconds=5, send_seconds=5)
+    go, front = asyncio.Event(), Guard(echo, bounds)
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        await go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async def asked(talk: Conversation) -> Conversation:
+        await front(talk.scope, talk.receive, talk.send)
+        return talk
+
+    front.app = waits
+    held = [asyncio.ensure_future(asked(Conversation(large))) for _ in range(2)]
+    await asyncio.sleep(0)
+    front.app = echo
+    refused = await asked(Conversation(large[:90_000], large[90_000:]))
+    assert (refused.status, refused.json["code"]) == (503, "service_unavailable")
+    assert (refused.headers[b"retry-after"], refused.json["extra"]) == (b"1", {"retry_after": 1})
+    assert (await asked(Conversation(b"x" * 65_536))).status == 200
+    go.set()
+    assert [(await each).status for each in held] == [200, 200]
+    assert (await asked(Conversation(large[:90_000], large[90_000:]))).status == 200
+    assert front.held.num_bytes == 0
+
+
 async def test_clients_of_openai_find_the_error_where_they_look() -> None:
     talk = Conversation(b"x" * 101)
     talk.scope["path"] = "/v1/chat/completions"
     error = (await talk.with_app(echo)).json["error"]
     assert (error["code"], error["type"], error["param"]) == ("request_too_large", "invalid_request_error", None)
     assert "error" not in (await Conversation(b"x" * 101).with_app(echo)).json
+
+
+async def test_clients_of_anthropic_and_llamacpp_find_it_in_their_form() -> None:
+    talk = Conversation(b"x" * 101)
+    talk.scope["path"] = "/v1/messages"
+    body = (await talk.with_app(echo)).json
+    assert (body["type"], body["error"]["type"]) == ("error", "request_too_large")
+    assert body["request_id"].encode() == talk.headers[b"request-id"]
+    talk = Conversation(b"x" * 101)
+    talk.scope["path"] = "/completion"
+    error = (await talk.with_app(echo)).json["error"]
+    assert (error["code"], error["type"]) == (413, "invalid_request_error")
 
 
 async def test_a_body_at_the_limit_passes() -> None:
@@ -126,10 +170,10 @@ async def test_the_rest_of_a_large_body_is_read_before_the_connection_closes() -
 
 async def test_a_client_that_waits_to_be_asked_for_its_body_is_not_waited_for() -> None:
     talk = Conversation(hang=True, headers=[(b"content-length", b"101"), (b"expect", b"100-continue")])
-    started = time.perf_counter()
+    watch = Stopwatch()
     await talk.with_app(echo)
     assert talk.status == 413
-    assert time.perf_counter() - started < 0.2
+    assert watch.seconds() < 0.2
 
 
 async def test_a_body_that_does_not_come_is_a_408() -> None:
@@ -202,15 +246,27 @@ async def test_an_application_that_fails_before_it_answers_is_an_internal_error(
 
 # The protocol, on a real socket
 
+LARGE = 3_000_000
+"""Bytes in one piece, more than a kernel takes for a reader that does not read."""
+
+
+async def answer(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/large":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
+        await send({"type": "http.response.body", "body": b"x" * LARGE})
+    else:
+        await echo(scope, receive, send)
+
 
 @pytest.fixture
 def address() -> Iterator[tuple[str, int]]:
     class Quick(HeaderDeadlineProtocol):
         header_seconds = 0.3
+        read_seconds = 0.3
 
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        Guard(echo, Bounds(max_body_bytes=10**6, body_seconds=1.0, send_seconds=0.5)),
+        Guard(answer, Bounds(max_body_bytes=10**6, body_seconds=1.0, send_seconds=0.5)),
         http=Quick,
         ws="none",
         lifespan="off",
@@ -222,12 +278,12 @@ def address() -> Iterator[tuple[str, int]]:
     wait_until(lambda: server.started)
     yield listener.getsockname()
     server.should_exit = True
-    thread.join(5)
+    thread.join(PATIENCE_SECONDS)
     listener.close()
 
 
 def read_all(connection: socket.socket) -> bytes:
-    connection.settimeout(3)
+    connection.settimeout(PATIENCE_SECONDS)
     found = b""
     while part := connection.recv(65536):
         found += part
@@ -235,21 +291,68 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def read_until(connection: socket.socket, end: bytes) -> bytes:
-    connection.settimeout(3)
+    connection.settimeout(PATIENCE_SECONDS)
     found = b""
     while not found.endswith(end):
         found += connection.recv(65536)
     return found
 
 
+@pytest.fixture
+def reader(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """A connection as over a network: the kernel holds little of what is not read."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        connection.connect(address)
+        yield connection
+
+
+def is_cut(connection: socket.socket) -> bool:
+    """Without reading: whether the other side has gone."""
+    poll = select.poll()
+    poll.register(connection, select.POLLERR | select.POLLHUP)
+    return bool(poll.poll(0))
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_an_answer_that_is_over_and_that_nobody_reads_is_cut(reader: socket.socket, more: bytes) -> None:
+    reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n" + more + b"\r\n")
+    watch = Stopwatch()
+    wait_until(lambda: is_cut(reader))
+    assert watch.seconds() < 2
+
+
+def test_an_answer_that_is_read_slowly_comes_whole(reader: socket.socket) -> None:
+    reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    started, found = time.perf_counter(), 0
+    reader.settimeout(PATIENCE_SECONDS)
+    while part := reader.recv(65536):
+        found += len(part)
+        if time.perf_counter() - started < 1.0:  # several times what one that does not read is given
+            time.sleep(0.01)
+    assert found > LARGE
+
+
+def test_a_reader_that_asks_again_is_compared_with_its_last_answer(reader: socket.socket) -> None:
+    reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+    reader.settimeout(PATIENCE_SECONDS)
+    found = 0
+    while found < 2 * LARGE:
+        found += len(reader.recv(65536))
+    time.sleep(0.5)  # longer than a reader is given
+    assert not is_cut(reader)
+
+
 def test_headers_that_do_not_end_are_a_408(address: tuple[str, int]) -> None:
     with socket.create_connection(address) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-        started = time.perf_counter()
+        started, watch = time.perf_counter(), Stopwatch()
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in answer
-    assert 0.2 < time.perf_counter() - started < 2
+    assert time.perf_counter() - started > 0.2
+    assert watch.seconds() < 2
 
 
 def test_a_connection_that_says_nothing_is_closed(address: tuple[str, int]) -> None:
@@ -258,12 +361,12 @@ def test_a_connection_that_says_nothing_is_closed(address: tuple[str, int]) -> N
 
 
 def test_headers_one_byte_at_a_time_do_not_move_the_deadline(address: tuple[str, int]) -> None:
-    started = time.perf_counter()
+    watch = Stopwatch()
     with socket.create_connection(address) as connection, pytest.raises(OSError):
         for byte in b"POST / HTTP/1.1\r\nHost: " + b"x" * 200:
             connection.sendall(bytes([byte]))
             time.sleep(0.02)
-    assert time.perf_counter() - started < 2
+    assert watch.seconds() < 2
 
 
 def test_headers_that_are_too_large_are_a_431(address: tuple[str, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inference import adapters
+from inference.catalog import adapter_rows, granting
 from inference.models import Adapter, Receipt
 from tests.in_process import MODEL, N_CTX, N_SLOTS, InProcessSite
 from tests.llamacpp_calls import complete, error_of, stream
@@ -27,8 +27,8 @@ def make(site: InProcessSite, tmp_path: Path) -> Callable[..., Adapter]:
             name=name, base_model=site.models[MODEL], path=str(path), digest=name.ljust(64, "0"), size_bytes=4, rank=8
         )
         for customer in customers:
-            adapters.grant(row, customer.tenant)
-        adapters.changed()
+            granting.grant(row, customer.tenant)
+        adapter_rows.changed()
         site.stop_worker()
         site.start_worker()
         return row

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from typing import Any
 
 import orjson
 import pytest
 
-from accounts.models import LedgerEntry
-from inference import registry
+from accounts.models import LedgerEntry, announce_tenant
 from inference.api.llamacpp import replies
 from inference.api.llamacpp.schemas import CompletionBody
+from inference.catalog import registry
 from inference.engine.drafting import MAX_DRAFT
 from inference.engine.types import Speculation, TokenProbs
 from inference.models import Receipt
+from inference.structured import JsonForm, fit, widest
 from tests.in_process import MODEL, N_CTX, N_SLOTS, FakeSpeed, InProcessSite, wait_until
 from tests.llamacpp_calls import complete, error_of, stream
+from tests.timing import Stopwatch
 
 pytestmark = pytest.mark.api
 
@@ -354,10 +355,10 @@ def test_a_stream_is_kept_alive_as_often_as_it_wants(site: InProcessSite, fake_s
     site.stop_worker()
     site.start_worker()
     body = {"prompt": "one", "n_predict": 1, "stream": True, "sse_ping_interval": 1}
-    began = time.monotonic()
+    watch = Stopwatch()
     with site.client(site.cast.alice).stream("POST", "/completion", json=body) as response:
         first = next(response.iter_lines())
-        assert time.monotonic() - began < 2.4
+        assert watch.seconds() < 2.4
     assert first == ": keep-alive"
 
 
@@ -424,9 +425,53 @@ def test_other_files_come_before_the_prefix_where_there_is_room(site: InProcessS
 # Around it
 
 
-def test_routes_that_are_not_there_are_no_server_error(site: InProcessSite) -> None:
+def test_embeddings_of_a_model_that_makes_none_name_what_it_cannot_do(site: InProcessSite) -> None:
     alice = site.client(site.cast.alice)
     for path in ("/embedding", "/embeddings"):
-        assert alice.post(path, json={"content": "one"}).status_code in {404, 405, 501}
+        refused = alice.post(path, json={"content": "one"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+        assert "embed" in refused.json()["error"]["message"]
+
+
+def test_health_is_in_upstreams_shape(site: InProcessSite) -> None:
     for path in ("/health", "/v1/health"):
         assert site.client().get(path).json() == {"status": "ok"}
+
+
+# The grammar of a forced answer
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+def fitted(max_tokens: int) -> str:
+    """The grammar of a forced answer that may have so many tokens, one of them for its end."""
+    return fit(JsonForm(orjson.dumps(SCHEMA)), max_tokens - 1).grammar
+
+
+def test_the_grammar_that_is_told_is_the_one_in_force(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    for cache in (False, True, True):  # computed, kept, found
+        body = complete(alice, n_predict=70, json_schema=SCHEMA, cache=cache).json()
+        assert body["generation_settings"]["grammar"] == fitted(70)
+        last = stream(alice, n_predict=70, json_schema=SCHEMA, cache=cache)[-1]
+        assert last["generation_settings"]["grammar"] == fitted(70)
+    assert len({fitted(70), fitted(199), widest(JsonForm(orjson.dumps(SCHEMA))).grammar}) == 3
+    assert complete(alice, grammar='root ::= "x"').json()["generation_settings"]["grammar"] == 'root ::= "x"'
+    assert complete(alice).json()["generation_settings"]["grammar"] == ""
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_each_of_several_answers_tells_its_own_grammar(site: InProcessSite, streams: bool) -> None:
+    """Beside the prompts' three tokens 130 are left, which the answers share."""
+    alice, prompts = site.client(site.cast.alice), ["one two", "three"]
+    site.cast.alice.tenant.limit_overrides = {"monthly_tokens": 133}
+    site.cast.alice.tenant.save()
+    announce_tenant(site.cast.alice.tenant.pk)
+    if streams:
+        found = [each for each in stream(alice, prompts, n_predict=200, json_schema=SCHEMA) if each["stop"]]
+    else:
+        found = complete(alice, prompts, n_predict=200, json_schema=SCHEMA).json()
+    told = {each["index"]: each["generation_settings"]["grammar"] for each in found}
+    assert told == {0: fitted(65), 1: fitted(65)}
+    assert fitted(65) != fitted(200)

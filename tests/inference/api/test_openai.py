@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from inference import registry
-from inference.models import Receipt, ServedModel
+from inference.engine.fake_backend import PIECES
+from inference.models import Receipt
 from tests.conftest import make_customer
 from tests.in_process import MODEL, N_CTX, OTHER_MODEL, FakeSpeed, InProcessSite, wait_until
 from tests.openai_calls import HELLO, chat, chunks, complete, error_of, text_of
@@ -249,18 +249,7 @@ def test_a_stream_that_went_well_is_logged_without_an_error(
 
 @pytest.fixture
 def thinking(site: InProcessSite) -> str:
-    """A model whose template opens its thoughts, so that answers of the fake model are nothing else."""
-    from inference.chat.probing import examine
-
-    source = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %} <think>\n{% endif %}"
-    metadata = {"chat_templates": {"default": source}, "chat": {"default": examine(source)}}
-    ServedModel.objects.create(
-        name="thinker", path="/models/t.gguf", digest="e" * 64, n_ctx=N_CTX, n_slots=2, metadata=metadata
-    )
-    registry.forget()
-    site.stop_worker()
-    site.start_worker()
-    return "thinker"
+    return site.serve_thinker()
 
 
 def test_thoughts_are_not_the_content(site: InProcessSite, thinking: str) -> None:
@@ -274,6 +263,32 @@ def test_thoughts_are_not_the_content(site: InProcessSite, thinking: str) -> Non
     plain = chat(alice, model=thinking, reasoning_format="none").json()["choices"][0]["message"]
     assert plain["content"].strip() == message["reasoning_content"]
     assert "reasoning_content" not in plain
+
+
+def test_thoughts_that_are_longer_than_their_budget_are_ended(
+    site: InProcessSite, thinking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of the tag the fake model has two words."""
+    alice, words = site.client(site.cast.alice), (PIECES.index(b" river"), PIECES.index(b" light"))
+    encode = site.tokenizers.encode
+
+    def encoded(model: Any, text: str, **options: Any) -> tuple[int, ...]:
+        return words if text == "</think>" else encode(model, text, **options)
+
+    monkeypatch.setattr(site.tokenizers, "encode", encoded)
+
+    def thoughts(**fields: Any) -> list[str]:
+        message = chat(alice, model=thinking, max_tokens=20, temperature=0, **fields).json()["choices"][0]["message"]
+        return str(message["reasoning_content"]).split()
+
+    free = thoughts()
+    for name in ("thinking_budget_tokens", "reasoning_budget_tokens"):
+        found = thoughts(**{name: 5})
+        assert (found[:5], found[5:7], found[7:]) == (free[:5], ["river", "light"], free[7:])
+        assert thoughts(**{name: 0})[:2] == ["river", "light"]
+        assert thoughts(**{name: -1}) == free
+    assert thoughts(thinking_budget_tokens=0, reasoning_budget_tokens=5)[:2] == ["river", "light"]
+    assert chat(alice, model=thinking, thinking_budget_tokens=-2).status_code == 400
 
 
 # What is wrong
@@ -467,3 +482,40 @@ def test_errors_of_the_list_are_in_both_shapes(site: InProcessSite) -> None:
     assert (response.status_code, body["code"], body["error"]["code"]) == (401, "missing_api_key", "missing_api_key")
     assert body["message"]
     assert body["request_id"] == response.headers["x-request-id"]
+
+
+def test_a_conversation_is_counted_without_an_answer(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    body = {"messages": HELLO, "tools": [TOOL], "max_tokens": 8}
+    expected = chat(alice, tools=[TOOL]).json()["usage"]["prompt_tokens"]
+    charged = site.charged(site.cast.alice)
+    for path in (f"{CHAT}/input_tokens", "/chat/completions/input_tokens"):
+        counted = alice.post(path, json=body)
+        assert counted.json() == {"object": "response.input_tokens", "input_tokens": expected}
+    assert site.charged(site.cast.alice) == charged
+    assert (
+        site.client(site.cast.bob).post(f"{CHAT}/input_tokens", json={**body, "model": OTHER_MODEL}).status_code == 404
+    )
+
+
+def test_128_prompts_are_answered_in_their_order_a_few_at_a_time(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    body = complete(alice, [f"word{number}" for number in range(128)], max_tokens=2).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(128))
+    assert body["choices"][77]["text"] == complete(alice, "word77", max_tokens=2).json()["choices"][0]["text"]
+    assert body["usage"]["prompt_tokens"] == 128
+    assert site.charged(site.cast.alice) == (128 * 3 + 3, 0)
+
+
+def test_128_answers_of_one_prompt_are_charged_one_prompt(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    assert len(complete(alice, n=128, max_tokens=1, temperature=1).json()["choices"]) == 128
+    assert len(chat(alice, n=20, max_tokens=1).json()["choices"]) == 20
+    assert site.charged(site.cast.alice) == (4 + 128 + NUM_PROMPT + 20, 0)
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ["one"] * 129}, {"prompt": ["one"] * 2, "n": 65}, {"n": 129}])
+def test_more_than_128_answers_are_refused(site: InProcessSite, fields: dict[str, Any]) -> None:
+    alice = site.client(site.cast.alice)
+    assert complete(alice, **fields).status_code == 400
+    assert site.charged(site.cast.alice) == (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.api.errors import EVERY, OPENAI, path_of
 from inference.api.following import Collected, Ending
 from inference.api.openai.asked import AskedChat, AskedText
@@ -78,6 +79,35 @@ def test_what_is_cut_is_no_call() -> None:
     assert choice["finish_reason"] == "length"
     assert "tool_calls" not in choice["message"]
     assert choice_of(CALL + "and", "length")["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("length", [None, 60])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_forced_call_is_told_as_it_is_written(size: int, length: int | None, is_open: bool) -> None:
+    """The same as the whole answer, also where it was cut."""
+    form = replace(asked(tool_choice="required"), is_open=is_open)
+    text = ("Rain.\n</think>\n" if is_open else "") + f"{CALL}\n{OTHER_CALL}"[:length]
+    ending = Ending("length" if length else "eos")
+    whole = form.choice(0, Collected(text, ending))
+    writer = form.writer(0)
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    choices = [choice for piece in pieces for choice in writer.delta(piece, ())] + writer.end(ending)
+    deltas = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
+    for chunk in choices:
+        indices = [call["index"] for call in chunk["delta"].get("tool_calls", ())]
+        assert len(set(indices)) == len(indices), "clients add up one delta of each call in a chunk"
+    calls = whole["message"]["tool_calls"]
+    assert len(calls) == (1 if length else 2)
+    for index, call in enumerate(calls):
+        mine = [delta for delta in deltas if delta["index"] == index]
+        assert {name: mine[0][name] for name in ("id", "type")} == {"id": call["id"], "type": "function"}
+        assert mine[0]["function"]["name"] == call["function"]["name"]
+        assert "".join(each["function"]["arguments"] for each in mine) == call["function"]["arguments"]
+    assert len([delta for delta in deltas if delta["index"] == 0]) > 5 or size > 1
+    assert whole["message"]["content"] == "".join(choice["delta"].get("content", "") for choice in choices) == ""
+    assert whole["message"].get("reasoning_content", "") == ("Rain." if is_open else "")
+    assert choices[-1]["finish_reason"] == whole["finish_reason"] == ("length" if length else "tool_calls")
 
 
 @pytest.mark.parametrize("fields", [{"tools": None}, {"tool_choice": "none"}])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.in_process import MODEL, OTHER_MODEL, Client, InProcessSite
+from tests.in_process import MODEL, OTHER_MODEL, Client, InProcessSite, wait_until
 
 pytestmark = [pytest.mark.api, pytest.mark.integration]
 
@@ -111,6 +111,20 @@ def test_a_change_of_a_plan_holds_at_once(operator: Client, site: InProcessSite)
     assert alice.get("/v1/me").json()["limits"]["requests_per_minute"] == 66
 
 
+def test_a_key_is_issued_with_the_models_and_adapters_that_it_may_use(operator: Client, site: InProcessSite) -> None:
+    body = {"tenant": "Alice's", "name": "narrow", "allowed_models": ["other"], "allowed_adapters": []}
+    issued = operator.post("/v1/admin/keys", json=body)
+    assert issued.status_code == 201, issued.text
+    assert (issued.json()["allowed_models"], issued.json()["allowed_adapters"]) == (["other"], [])
+    narrow = Client(site.base_url, issued.json()["key"])
+    assert narrow.generate("one").status_code == 404
+    successor = operator.post(f"/v1/admin/keys/{issued.json()['id']}/rotate", json={"overlap_seconds": 60}).json()
+    assert successor["allowed_models"] == ["other"]
+    assert Client(site.base_url, successor["key"]).generate("one").status_code == 404
+    wrong = operator.post("/v1/admin/keys", json={**body, "allowed_models": "other"})
+    assert (wrong.status_code, wrong.json()["extra"]["fields"][0]["loc"]) == (422, ["allowed_models"])
+
+
 def test_a_key_is_renamed_rotated_and_revoked(operator: Client, site: InProcessSite) -> None:
     key = site.cast.alice.key.pk
     assert operator.patch(f"/v1/admin/keys/{key}", json={"name": "renamed"}).json()["name"] == "renamed"
@@ -151,14 +165,15 @@ def test_a_key_of_another_tenant_cannot_be_adjusted(operator: Client, site: InPr
 def test_models_are_listed_and_changed(
     operator: Client, site: InProcessSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from inference import registry
+    from inference.catalog import model_rows
+    from inference.vetting.inspection import Inspected
 
     def known(path: Any, *, known: Any = None, **_: Any) -> Any:
-        return registry.Inspected(
+        return Inspected(
             path=Path(known.path), digest=known.digest, size_bytes=known.size_bytes, metadata=known.metadata
         )
 
-    monkeypatch.setattr(registry, "examine", known)
+    monkeypatch.setattr(model_rows, "examine", known)
     listed = {row["name"]: row for row in operator.get("/v1/admin/models").json()["results"]}
     assert set(listed) == {MODEL, OTHER_MODEL}
     assert listed[OTHER_MODEL]["granted_tenants"] == ["Alice's"]
@@ -242,3 +257,87 @@ def test_an_empty_house_has_reports_too(operator: Client) -> None:
     assert (stats["total_requests"], stats["avg_latency_ms"], stats["per_model"]) == (0, 0.0, [])
     assert operator.get("/v1/admin/reports/summary").status_code == 200
     assert operator.get("/v1/admin/usage").json() == {"results": []}
+
+
+# Loading
+
+
+def state_of(client: Client, name: str) -> dict[str, Any]:
+    return next(each for each in client.get("/v1/models").json()["models"] if each["id"] == name)
+
+
+def test_an_operator_unloads_loads_and_pins_a_model(site: InProcessSite, operator: Client) -> None:
+    alice = site.client(site.cast.alice)
+    reply = operator.post("/v1/admin/models/load", json={}).json()
+    assert (reply["ok"], reply["already_loaded"], reply["default_model"]) == (True, True, MODEL)
+    assert {each["id"]: each["loaded"] for each in reply["models"]} == {MODEL: True, OTHER_MODEL: True}
+
+    assert operator.post("/v1/admin/models/unload", json={"model_id": "default-chat"}).json()["already_loaded"]
+    wait_until(lambda: state_of(alice, MODEL)["state"] == "unloaded")
+    assert not state_of(alice, MODEL)["loaded"]
+    assert operator.post("/v1/admin/models/load", json={"model_id": MODEL}).json()["already_loaded"] is False
+    wait_until(lambda: state_of(alice, MODEL)["loaded"])
+
+    pinned = operator.post("/v1/admin/models/pin", json={"model_id": MODEL}).json()
+    assert {each["id"]: each["pinned"] for each in pinned["models"]} == {MODEL: True, OTHER_MODEL: False}
+    freed = operator.post("/v1/admin/models/pin", json={"model_id": MODEL, "pinned": False}).json()
+    assert not any(each["pinned"] for each in freed["models"])
+
+
+def test_health_props_metrics_and_lists_neither_wake_a_model_nor_count_as_its_use(
+    site: InProcessSite, operator: Client
+) -> None:
+    alice = site.client(site.cast.alice)
+    operator.post("/v1/admin/models/unload", json={"model_id": MODEL})
+    wait_until(lambda: state_of(alice, MODEL)["state"] == "unloaded")
+    model = next(each for each in site.host._all_models() if each.served.name == MODEL)
+    used_at = model.used_at
+    for path in ("/health", "/healthz", "/readyz", "/modelz", "/metrics", "/v1/models", f"/v1/models/{MODEL}"):
+        assert alice.get(path).status_code in {200, 503}, path
+    for path in ("/props", "/slots", "/lora-adapters"):
+        assert alice.get(path).status_code == 200, path
+    site.host.follow_registry()
+    assert (model.state.value, model.used_at) == ("unloaded", used_at)
+    assert alice.get("/readyz").json()["llm"] == "unloaded"
+    assert alice.get("/readyz").status_code == 200, "its next request loads it"
+    assert alice.get("/modelz").json()["model_error"] == "the model is loaded by its next request"
+    assert alice.generate().status_code == 200
+    assert alice.get("/modelz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["load", "unload", "pin"])
+def test_models_are_moved_by_operators_alone_and_by_names_that_exist(
+    site: InProcessSite, operator: Client, path: str
+) -> None:
+    url = f"/v1/admin/models/{path}"
+    assert site.client().post(url, json={}).status_code == 401
+    assert site.client(site.cast.charlie).post(url, json={}).status_code == 403
+    unknown = operator.post(url, json={"model_id": "none"})
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "model_not_found")
+    assert operator.post(url, json={"model_id": ["x"]}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [(0, 200), ("5m", 200), ("90", 200), (-1, 200), (1.5, 200), ("soon", 422), (True, 422), (1e300, 422), ([], 422)],
+)
+def test_a_request_says_how_long_its_model_is_to_stay(site: InProcessSite, value: object, status: int) -> None:
+    reply = site.client(site.cast.alice).generate(keep_alive=value)
+    assert reply.status_code == status, reply.text
+
+
+def test_a_request_for_a_model_without_room_is_refused_with_its_code(site: InProcessSite, operator: Client) -> None:
+    alice = site.client(site.cast.alice)
+    operator.post("/v1/admin/models/unload", json={"model_id": MODEL})
+    wait_until(lambda: state_of(alice, MODEL)["state"] == "unloaded")
+    site.host._keeper.budget_bytes = 1.0
+    reply = alice.generate()
+    assert (reply.status_code, reply.json()["code"]) == (503, "model_does_not_fit")
+    assert "retry-after" not in reply.headers
+    assert reply.headers["x-should-retry"] == "false"
+    wait_until(lambda: state_of(alice, MODEL)["state"] == "failed")
+    assert "error" not in state_of(alice, MODEL), "why is the operator's business"
+    listed = operator.post("/v1/admin/models/unload", json={"model_id": MODEL}).json()["models"]
+    assert "MODEL_MEMORY_MB" in next(each for each in listed if each["id"] == MODEL)["error"]
+    assert alice.get("/readyz").status_code == 503
+    assert site.charged(site.cast.alice) == (0, 0)

@@ -15,12 +15,12 @@ import pydantic
 import pytest
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.exceptions import ValidationError as ModelValidationError
-from django.db import DatabaseError, IntegrityError, OperationalError
+from django.db import DatabaseError, DataError, IntegrityError, OperationalError
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from redis import exceptions as redis_errors
 from rest_framework import exceptions as drf
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.api import errors
 from inference.api.errors import NATIVE, STATUS, error_response, to_refusal
 from inference.api.following import FAILURES, Ending, failure
@@ -29,6 +29,7 @@ from inference.api.native.schemas import GenerateBody
 from inference.api.sse import KEEP_ALIVE, EventStream, frame, with_keep_alive
 from llmsite.doors import ApiDoor, Doors, Lifespan
 from tests.in_process import InProcessSite, wait_until
+from tests.timing import PATIENCE_SECONDS
 
 ROOMS = [Path(__file__).parents[3] / room for room in ("accounts", "inference")]
 
@@ -56,6 +57,7 @@ def test_every_code_that_a_room_refuses_with_has_a_status() -> None:
         (Refusal("queue_full", "full"), "queue_full"),
         (OperationalError("server closed the connection"), "service_unavailable"),
         (DatabaseError("database table is locked"), "service_unavailable"),
+        (DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes"), "bad_request"),
         (redis_errors.ConnectionError("refused"), "service_unavailable"),
         (redis_errors.TimeoutError("slow"), "service_unavailable"),
         (redis_errors.BusyLoadingError("loading"), "service_unavailable"),
@@ -169,7 +171,7 @@ async def test_what_a_cancelled_caller_would_have_got_is_abandoned(hop: Hop) -> 
 
     def work() -> str:
         started.set()
-        go_on.wait(5)
+        go_on.wait(PATIENCE_SECONDS)
         return "taken"
 
     task = asyncio.ensure_future(hop.run(work, abandon=lambda outcome: abandoned.set() if outcome == "taken" else None))
@@ -185,7 +187,7 @@ async def test_what_a_cancelled_caller_would_have_got_is_abandoned(hop: Hop) -> 
 async def test_work_that_has_not_begun_is_not_begun_for_a_caller_that_has_gone() -> None:
     hop = Hop(1)
     go_on, ran = threading.Event(), threading.Event()
-    first = asyncio.ensure_future(hop.run(lambda: go_on.wait(5), abandon=ignore))
+    first = asyncio.ensure_future(hop.run(lambda: go_on.wait(PATIENCE_SECONDS), abandon=ignore))
     await asyncio.sleep(0.01)
     second = asyncio.ensure_future(hop.run(ran.set, abandon=ignore))
     await asyncio.sleep(0.01)
@@ -202,7 +204,8 @@ async def test_too_many_that_wait_are_refused() -> None:
     hop = Hop(1)
     go_on = threading.Event()
     waiting = [
-        asyncio.ensure_future(hop.run(lambda: go_on.wait(5), abandon=ignore)) for _ in range(MAX_PENDING_PER_THREAD)
+        asyncio.ensure_future(hop.run(lambda: go_on.wait(PATIENCE_SECONDS), abandon=ignore))
+        for _ in range(MAX_PENDING_PER_THREAD)
     ]
     await asyncio.sleep(0.01)
     with pytest.raises(Refusal) as refused:
@@ -341,7 +344,7 @@ async def test_a_client_that_goes_cancels_its_view() -> None:
     task = asyncio.ensure_future(ApiDoor()(scope(view), line.receive, line.send))
     await asyncio.sleep(0.01)
     line.gone.set()
-    await asyncio.wait_for(task, 1)
+    await asyncio.wait_for(task, 5)
     assert (ended, line.sent) == (["view"], [])
 
 
@@ -356,7 +359,7 @@ async def test_a_client_that_goes_cancels_its_stream() -> None:
     task = asyncio.ensure_future(ApiDoor()(scope(view), line.receive, line.send))
     await asyncio.sleep(0.01)
     line.gone.set()
-    await asyncio.wait_for(task, 1)
+    await asyncio.wait_for(task, 5)
     assert abandoned == [1]
 
 

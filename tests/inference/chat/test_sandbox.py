@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from inference import inspection
 from inference.chat.prompt import digest_of
 from inference.chat.sandbox import MAX_OUTPUT_CHARACTERS, TemplateError, clock, compiled, render
-from inference.trial import Trial, TrialError
+from inference.vetting import inspection
+from inference.vetting.trial import Trial, TrialError
 
 pytestmark = pytest.mark.unit
 

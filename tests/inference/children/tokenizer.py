@@ -1,7 +1,7 @@
 """A child with the protocol of inference.engine.tokenizer and the manners of the worst vocabulary.
 
-The text says what happens: words are counted into tokens, but `hang`, `die`, `nonsense`, `array` and `long` misbehave.
-The name of the vocabulary file says how it starts.
+The text says what happens: words are counted into tokens, but `hang`, `doze`, `die`, `nonsense`, `array` and `long`
+misbehave, and `slow` takes its time. The name of the vocabulary file says how it starts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ def answer(request: dict[str, object]) -> None:
     text = str(request.get("text") or request.get("grammar"))
     if text == "hang":
         time.sleep(60)
+    elif text == "doze":
+        time.sleep(0.9)
+        send({"ok": True, "tokens": [4]})
     elif text == "die":
         os._exit(3)
     elif text == "nonsense":
@@ -45,6 +48,7 @@ def answer(request: dict[str, object]) -> None:
     elif request["op"] == "detokenize":
         send({"ok": True, "text": " ".join(map(str, request["tokens"]))})  # type: ignore[call-overload]
     else:
+        time.sleep(0.3 if text == "slow" else 0.0)
         send({"ok": True, "tokens": [len(word) for word in text.split()]})
 
 

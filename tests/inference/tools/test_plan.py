@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from accounts.refusals import Refusal
+from accounts.trail.refusals import Refusal
 from inference.chat.prompt import ChatTemplate
-from inference.structured import SchemaError, compile_fitting, compile_tool_calls, fit_tool_calls, validate
+from inference.structured import validate
 from inference.tools import FORMATS, ToolPlan, plan_tools
 from tests.structured.derivations import Matcher, Sampler
 
@@ -144,36 +144,3 @@ def test_a_refused_schema_names_tool_and_path_for_programs() -> None:
 
 def test_a_schema_that_no_grammar_can_keep_is_no_matter_where_nothing_is_forced() -> None:
     assert plan_tools(QWEN, [tool("f", a={"not": {}})]).grammar is None
-
-
-# Bounds
-
-
-def test_a_forced_answer_fits_where_it_can() -> None:
-    wide = [tool("f", **{f"p{i}": {"type": "array", "items": {"type": "string"}} for i in range(4)})]
-    assert compile_tool_calls(wide, parallel=True).max_length > 100_000
-    for num_chars in (400, 2_000, 40_000):
-        assert fit_tool_calls(wide, None, True, num_chars=num_chars).max_length <= num_chars
-    plan = plan_tools(QWEN, wide, "required", max_chars=400)
-    assert plan.grammar is not None
-    assert all(len(text) <= 400 for text in [Sampler(plan.grammar, seed=seed).text() for seed in range(20)])
-
-
-def test_fewer_calls_come_before_shorter_values() -> None:
-    one, eight = (compile_tool_calls(TOOLS, parallel=parallel).max_length for parallel in (False, True))
-    assert fit_tool_calls(TOOLS, None, True, num_chars=eight).max_length == eight
-    fitted = fit_tool_calls(TOOLS, None, True, num_chars=2 * one + 10)
-    assert one < fitted.max_length <= 2 * one + 10
-    assert fit_tool_calls(TOOLS, None, True, num_chars=one).max_length == one
-
-
-def test_what_fits_nowhere_keeps_the_usual_bounds() -> None:
-    assert fit_tool_calls(TOOLS, None, True, num_chars=10) == compile_tool_calls(TOOLS)
-    schema = {"type": "string"}
-    assert compile_fitting(schema, 2).max_length == compile_fitting(schema, 10_000).max_length > 256
-    assert compile_fitting(schema, 100).max_length <= 100
-
-
-def test_a_bad_schema_is_refused_before_it_is_fitted() -> None:
-    with pytest.raises(SchemaError, match="not"):
-        fit_tool_calls([tool("f", a={"not": {}})], num_chars=100)

@@ -1,0 +1,1 @@
+"""What the console's pages share: forms, figures, roles, long lists, the sign-in."""

@@ -1,0 +1,1 @@
+"""What was done and what was refused: the audit log and the refusals."""

@@ -1,0 +1,1 @@
+"""What is served, and to whom: models, variants, adapters and their aliases. Alone writes their rows."""

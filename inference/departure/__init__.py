@@ -1,0 +1,1 @@
+"""A tenant that leaves: all of it in one file, and nothing of it left."""

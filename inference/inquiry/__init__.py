@@ -1,0 +1,1 @@
+"""Questions asked afterwards: what became of a request, would it answer the same, what runs now."""

@@ -1,0 +1,1 @@
+"""What travels between web and workers, through Redis: tickets, doorbells, events, orders for models."""

@@ -1,0 +1,1 @@
+"""The process that holds models: takes tickets, feeds engines, loads and unloads."""

@@ -1,0 +1,131 @@
+"""A forced answer ends within the tokens that it may have, for schemas of every kind; thoughts before it, too."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+
+from inference.structured import (
+    GENERATED_LIMITS,
+    CallsForm,
+    Form,
+    JsonForm,
+    SchemaError,
+    behind_thoughts,
+    fit,
+    thought_overhead,
+    validate,
+    widest,
+)
+from tests.structured.derivations import Matcher, Sampler
+from tests.structured.tool_corpus import TOOLS, tool
+
+pytestmark = pytest.mark.unit
+
+NUM_TOKENS = 383
+JSON_FORMS = {name: JsonForm(json.dumps(schema).encode()) for name, (_, schema) in TOOLS.items()}
+TEXT = JsonForm(b'{"type": "string"}')
+
+
+def calls_of(*names: str, tool_name: str | None = None, parallel: bool = False) -> CallsForm:
+    return CallsForm(json.dumps([tool(name) for name in names]).encode(), tool_name, parallel, "chatml")
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_no_answer_and_no_call_is_longer_than_the_tokens_it_may_have(name: str) -> None:
+    """A token has at least a byte."""
+    compiled = fit(JSON_FORMS[name], NUM_TOKENS)
+    assert compiled.num_bytes <= NUM_TOKENS
+    assert fit(calls_of(name, parallel=True), NUM_TOKENS).num_bytes <= NUM_TOKENS
+    sampler = Sampler(compiled.grammar, seed=5)
+    for _ in range(30):
+        text = sampler.text()
+        assert len(text.encode()) <= compiled.num_bytes
+        jsonschema.validate(json.loads(text), TOOLS[name][1])
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_shortest_answer_is_one(name: str) -> None:
+    compiled = fit(JSON_FORMS[name], 1)
+    assert compiled.shortest is not None
+    assert Matcher(compiled.grammar).matches(compiled.shortest)
+    jsonschema.validate(json.loads(compiled.shortest), TOOLS[name][1])
+    sampler = Sampler(compiled.grammar, seed=6)
+    assert all(len(sampler.text()) >= len(compiled.shortest) for _ in range(30))
+
+
+@pytest.mark.parametrize("num_tokens", [20, 50, 130])
+def test_a_string_has_as_many_bytes_as_there_is_room_for_whatever_it_is_written_in(num_tokens: int) -> None:
+    compiled = fit(TEXT, num_tokens)
+    room = compiled.num_bytes - 2
+    assert num_tokens / 2 <= compiled.num_bytes <= num_tokens
+    matcher = Matcher(compiled.grammar)
+    for char in ("a", "é", "漢", "🦉", "\\n"):
+        number = room // len(char.encode())
+        assert matcher.matches(f'"{char * number}"')
+        assert not matcher.matches(f'"{char * (number + 1)}"')
+    assert matcher.matches('"aé漢🦉\\n"')
+
+
+def test_where_there_is_room_nothing_is_narrowed() -> None:
+    assert fit(TEXT, 10_000) == widest(TEXT)
+
+
+def test_fewer_calls_come_before_narrower_ones() -> None:
+    form = calls_of("now", parallel=True)
+    one, eight = fit(calls_of("now"), 10_000).num_bytes, widest(form).num_bytes
+    assert one < fit(form, 2 * one + 10).num_bytes <= 2 * one + 10 < eight
+    assert fit(form, eight).num_bytes == eight
+
+
+def test_what_must_be_long_is_counted_as_models_write_it_and_then_left_to_its_luck() -> None:
+    """Two bytes a token, before strings are cut to a few letters."""
+    names = [f"a_rather_long_name_of_a_property_{number}" for number in range(4)]
+    properties = {name: {"type": "string"} for name in names}
+    form = JsonForm(json.dumps({"type": "object", "properties": properties, "required": names}).encode())
+    least = len(fit(form, 1).shortest or "")
+    assert 150 < least < 200
+    assert 180 < fit(form, 180).num_bytes <= 360
+    assert fit(form, 20).num_bytes > 40
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_more_tokens_never_narrow_an_answer(name: str) -> None:
+    widths = [fit(JSON_FORMS[name], num_tokens).num_bytes for num_tokens in range(8, 400, 4)]
+    assert widths == sorted(widths)
+
+
+def test_a_bad_schema_is_refused() -> None:
+    for form in (
+        JsonForm(b'{"not": {}}'),
+        CallsForm(b'[{"name": "f", "parameters": {"not": {}}}]', None, True, "json"),
+    ):
+        with pytest.raises(SchemaError, match="not"):
+            widest(form)
+
+
+# Thoughts
+
+
+@pytest.mark.parametrize("end", ["</think>", "[/THINK]", "</seed:think>"])
+@pytest.mark.parametrize("num_bytes", [0, 1, 100, 127, 128, 1000])
+def test_thoughts_are_bounded_and_the_first_tag_ends_them(end: str, num_bytes: int) -> None:
+    form: Form = JSON_FORMS["get_weather"]
+    compiled = fit(form, 200)
+    grammar = behind_thoughts(compiled.grammar, end, num_bytes)
+    validate(grammar, GENERATED_LIMITS)
+    sampler, answer = Sampler(grammar, seed=7), Matcher(compiled.grammar)
+    for _ in range(20):
+        text = sampler.text()
+        assert len(text.encode()) <= num_bytes + thought_overhead(end) + compiled.num_bytes
+        thought, _, rest = text.partition(end)
+        assert len(thought.encode()) <= num_bytes
+        assert answer.matches(rest.lstrip("\n"))
+    matcher, said = Matcher(grammar), f'{end}\n\n{{"city": "Bonn"}}'
+    assert matcher.matches(said)
+    assert matcher.matches("x" * max(num_bytes - 127, min(num_bytes, 127)) + said)
+    assert not matcher.matches("x" * (num_bytes + 1) + said)
+    assert matcher.matches(f"a {end[0]} b 🦉\n" + said) is (num_bytes >= 12)
+    assert not matcher.matches(f"x{end[0]}{said}")
