@@ -471,10 +471,10 @@ class Engine:
             wanted = None if self._waits_for_slot(sequence) else sequence.request.decoding.slot_id
             if sequence.cache_key is None or not sequence.request.cache_prompt or not self._can_reuse:
                 yield sequence.candidate(number=wanted)
-                continue
-            shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
-            yield sequence.candidate(self._prefixes(sequence), shared, wanted, self._keeper.num_stored(sequence))
-            before.append(sequence)
+            else:
+                shared = {each.request_id: number for each in before if (number := sequence.num_shared(each))}
+                yield sequence.candidate(self._prefixes(sequence), shared, wanted, self._keeper.num_stored(sequence))
+            before.append(sequence)  # also one that reuses nothing: others may reuse what it computes
 
     def _held_back(self) -> frozenset[str]:
         """Waiting requests that only a busy slot can serve, as many as there are slots at most: those beyond that take

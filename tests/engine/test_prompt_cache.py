@@ -96,6 +96,18 @@ def test_eight_clients_with_one_system_prompt_compute_it_once() -> None:
     assert_well_formed(bench.events)
 
 
+def test_what_a_request_without_the_cache_computes_serves_those_that_came_with_it() -> None:
+    """As with several answers to one prompt whose first is to be computed anew, all of them in one step."""
+    bench = bench_of(seconds_per_token=0.003)
+    bench.add("first", prompt=SYSTEM, cache_prompt=False, **ALICE)
+    for number in range(2):
+        bench.add(f"copy {number}", prompt=SYSTEM, **ALICE)
+    finished = bench.run()
+    reused = {name: last.receipt.cached_tokens for name, last in finished.items()}
+    assert reused["first"] == 0
+    assert min(reused["copy 0"], reused["copy 1"]) > len(SYSTEM) - MIN_SAVED_TOKENS
+
+
 def test_whoever_waits_for_a_prefix_goes_on_alone_when_the_other_is_cancelled() -> None:
     bench = bench_of(seconds_per_token=0.01)
     bench.add("first", prompt=SYSTEM, **ALICE)
