@@ -41,7 +41,7 @@ dev: ## Make .venv with what checks and tests need, too.
 	@$(INSTALL) dev demo
 
 test: dev ## Run the whole suite; needs neither Redis nor PostgreSQL. ARGS="tests/accounts -n 0" narrows it.
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m tests $(ARGS)
 
 chaos: dev ## The long versions of tests that race, cut, kill and fuzz: an hour or two. ARGS="-k idempotency" picks some.
 	@env $(LONG_FORMS) $(VENV_PYTHON) -m pytest -n 0 -vv --durations 0 --timeout 7200 $(ARGS) $(LONG_TESTS)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import OUTER_DATABASE_URL, OUTER_REDIS_URL, STATE_DIR, VALKEY
+from tests.__main__ import MOST_FAILURES, without_group
+from tests.conftest import OUTER_DATABASE_URL, OUTER_REDIS_URL, REPOSITORY, STATE_DIR, VALKEY
 from tests.emptying import empty
 from tests.timing import MOST_BUSY, Stopwatch
 
@@ -81,3 +82,56 @@ def test_a_stopwatch_takes_off_what_the_machine_was_busy_with_and_no_more() -> N
         busy.kill()
         busy.wait()
     assert passed / MOST_BUSY * 0.9 < seconds < 0.8 * passed
+
+
+UNSTEADY = """
+import pathlib
+
+def test_that_fails_the_first_time():
+    mark = pathlib.Path(__file__).with_suffix(".ran")
+    has_run = mark.exists()
+    mark.touch()
+    assert has_run
+
+def test_beside_it():
+    pass
+"""
+
+
+def run_suite(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """`python -m tests` on one file of tests, outside the repository: without its options and fixtures."""
+    (folder / "test_given.py").write_text(text)
+    environment = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    command = [sys.executable, "-m", "tests", str(folder), "-p", "no:cacheprovider"]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_what_fails_beside_others_is_run_once_more_and_named(tmp_path: Path) -> None:
+    run = run_suite(tmp_path, UNSTEADY)
+    first, _, second = run.stdout.partition("run once more, alone:")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 failed, 1 passed" in first
+    assert second.split()[0] == "test_given.py::test_that_fails_the_first_time"
+    assert "1 passed" in second
+
+
+def test_what_fails_alone_too_fails_the_run(tmp_path: Path) -> None:
+    run = run_suite(tmp_path, "def test_wrong():\n    assert False\n")
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED
+    assert run.stdout.count("1 failed") == 2
+
+
+def test_many_that_fail_are_not_run_again(tmp_path: Path) -> None:
+    many = UNSTEADY + "".join(f"def test_{number}():\n    assert False\n" for number in range(MOST_FAILURES))
+    run = run_suite(tmp_path, many)
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "run once more" not in run.stdout
+
+
+def test_a_suite_that_cannot_run_fails(tmp_path: Path) -> None:
+    assert run_suite(tmp_path, "import no_such_module\n").returncode == pytest.ExitCode.INTERRUPTED
+
+
+def test_names_of_tests_lose_their_group_alone() -> None:
+    assert without_group("tests/a.py::test_one[a@b]@llama_site") == "tests/a.py::test_one[a@b]"
+    assert without_group("tests/a.py::test_one[a@b]") == "tests/a.py::test_one[a@b]"
