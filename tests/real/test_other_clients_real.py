@@ -63,6 +63,7 @@ def test_langchain_completes_a_batch_of_twenty_in_one_request(llama_site: LlamaS
     assert found.generations[7][0].text == model.invoke("Number 7 is")
 
 
+@pytest.mark.timeout(600)  # the first time it makes LiteLLM's environment
 def test_litellm_speaks_both_dialects(llama_site: LlamaSite) -> None:
     python = peer.install(print) / "bin" / "python"  # of its own, as its pins are not ours; made once
     site = llama_site.site
