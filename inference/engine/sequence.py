@@ -196,8 +196,9 @@ class Sequence:
 
     def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:
         """The next num_tokens pending tokens as work for the backend, and a draft behind them; the last pending one
-        samples, unless the prompt is all that is wanted."""
-        start, end = self.num_computed, self.num_computed + num_tokens
+        samples, unless the prompt is all that is wanted. Fewer are pending than planned where the slot was filled with
+        more of the prompt than the plan knew: taking an earlier seat may have stored it."""
+        start, end = self.num_computed, min(self.num_computed + num_tokens, len(self.tokens))
         guesses = list(draft)
         samples = end == len(self.tokens) and self.request.max_tokens > 0
         return SlotWork(slot_id, start, self.tokens[start:end] + guesses, samples, len(guesses))

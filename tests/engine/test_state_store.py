@@ -191,6 +191,28 @@ def test_an_accepted_prefix_of_a_shifted_sequence_is_what_is_stored() -> None:
     assert cached(bench, "again", prompt=words(0), **ALICE) == 100
 
 
+def test_a_seat_before_it_may_store_more_of_a_prompt_than_the_plan_has_found() -> None:
+    """Of the conversation that goes on, the plan finds its beginning in the store and the rest in no slot: the one that
+    holds it goes to somebody who comes in the same step. Only then its state is stored, too."""
+    bench = bench_of(n_slots=2)
+    system = words(0, 100)
+    for request_id, prompt, scope in [
+        ("another", (*system, *words(500, 50)), ALICE),
+        ("bob", words(2000), BOB),
+        ("makes room for another", words(3000), BOB),
+        ("conversation", (*system, *words(600)), ALICE),
+        ("bob again", words(4000), BOB),
+    ]:
+        cached(bench, request_id, prompt=prompt, **scope)
+    bench.add("takes its slot", prompt=words(5000), **BOB)
+    bench.add("goes on", prompt=(*system, *words(600), 7), **ALICE)
+    assert [(each.scope, each.num_held) for each in bench.engine.slots()] == [("bob", 203), ("alice", 303)]
+    assert bench.run()["goes on"].receipt.cached_tokens == 300
+    alone = bench_of()
+    cached(alone, "goes on", prompt=(*system, *words(600), 7))
+    assert bench.text("goes on") == alone.text("goes on")
+
+
 # Slots by number
 
 
