@@ -204,7 +204,7 @@ class Engine:
             return
         if sequence.is_truncated:
             return  # a shift leaves holes in the slot, a restored state has none: its sums differ in their last bits
-        is_of_use = len(self._waiting) > len(self._held_back()) and not self._slots.free
+        is_of_use = len(self._waiting) - len(self._held_back()) > len(self._slots.free)
         if not is_of_use or sequence.slot_id is None or not self._keeper.can_park(sequence.num_computed):
             return
         state = self._keeper.park(sequence.slot_id, sequence.num_computed)
