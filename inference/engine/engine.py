@@ -557,6 +557,7 @@ class Engine:
         try:
             self._keeper.unpark(seat.slot_id, parked.state, sequence.num_computed)
         except EngineError as error:
+            sequence.num_exact = 0  # the slot holds nothing of it
             self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
             return
         if self._drafter:

@@ -223,6 +223,7 @@ class Sequence:
         """What has been computed up to now. A sequence that never started has only queued."""
         started = now if self.started_at is None else self.started_at
         first_token = now if self.first_token_at is None else self.first_token_at
+        parked = now - self.parked_at if self.parked else 0.0
         return Receipt(
             prompt_tokens=len(self.request.prompt),
             cached_tokens=self.cached_tokens,
@@ -232,7 +233,7 @@ class Sequence:
             is_truncated=self.is_truncated,
             held_tokens=self.num_computed,
             num_parks=self.num_parks,
-            parked_seconds=self.parked_seconds,
+            parked_seconds=self.parked_seconds + parked,
             queue_seconds=started - self.submitted_at,
             prefill_seconds=first_token - started,
             decode_seconds=now - first_token,

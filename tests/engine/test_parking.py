@@ -209,12 +209,33 @@ def test_a_parked_sequence_can_be_cancelled_and_pays_what_it_has_had(clock: Hand
         bench.step()
     short_one(bench)
     bench.engine.park("long")
+    clock.sleep(0.5)
     bench.engine.cancel("long")
     finished = bench.run()
     assert finished["long"].reason is FinishReason.CANCELLED
     assert finished["long"].receipt.completion_tokens == 6
+    assert finished["long"].receipt.parked_seconds == pytest.approx(0.5)
     assert bench.engine._keeper._store.max_bytes == ROOM
     assert bench.backend._detached == {}
+
+
+def test_of_a_state_that_cannot_be_restored_nothing_is_reused(clock: HandClock) -> None:
+    class Forgetful(FakeBackend):
+        def restore(self, slot_id: int, state: bytes) -> None:
+            super().restore(slot_id, b"broken")
+
+    backend = Forgetful(1, 256, 0.01, sleep=clock.sleep)
+    bench = Bench(clock, backend, state_bytes=ROOM)
+    long_one(bench)
+    for _ in range(5):
+        bench.step()
+    short_one(bench)
+    bench.engine.park("long")
+    finished = bench.run()
+    assert (finished["long"].reason, finished["long"].error) == (FinishReason.ERROR, "state_invalid")
+    assert bench.engine.slots() == []
+    long_one(bench, "again", prompt=(5, 6, 7, 8))
+    assert bench.run()["again"].receipt.cached_tokens == 0
 
 
 def test_a_deadline_ends_a_parked_sequence(clock: HandClock) -> None:
