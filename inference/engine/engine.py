@@ -528,7 +528,7 @@ class Engine:
             sequence = self._waiting.pop(seat.request_id)
             request = sequence.request
             num_cached = self._fill(sequence, seat)
-            self._slots.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
+            self._keeper.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
             sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
             self._running[seat.request_id] = sequence
             try:
@@ -547,7 +547,7 @@ class Engine:
         parked, sequence.parked = sequence.parked, None
         assert parked is not None
         self._keeper.make_room(seat.slot_id)
-        self._slots.take(seat.slot_id, seat.request_id, (sequence.request.cache_scope, seat.number))
+        self._keeper.take(seat.slot_id, seat.request_id, (sequence.request.cache_scope, seat.number))
         sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
         self._running[seat.request_id] = sequence
         self._backend.attach(seat.slot_id, parked.detached)
