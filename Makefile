@@ -18,13 +18,15 @@ LONG_FORMS = STREAM_CUTS=$${STREAM_CUTS:-200} IDEMPOTENCY_ROUNDS=$${IDEMPOTENCY_
       LLMSITE_BATCH_LINES=$${LLMSITE_BATCH_LINES:-500} LLMSITE_NEIGHBOUR_PROMPTS=$${LLMSITE_NEIGHBOUR_PROMPTS:-40} \
       FORCED_ANSWERS=$${FORCED_ANSWERS:-100} CYCLES=$${CYCLES:-40} LLMSITE_FUZZ_GRAMMARS=$${LLMSITE_FUZZ_GRAMMARS:-2000} \
       LLMSITE_FUZZ_FILES=$${LLMSITE_FUZZ_FILES:-3000} LLMSITE_FUZZ_QUESTIONS=$${LLMSITE_FUZZ_QUESTIONS:-50} \
+      LLMSITE_FUZZ_COMPANIES=$${LLMSITE_FUZZ_COMPANIES:-5000} \
       FAIR_REQUESTS=$${FAIR_REQUESTS:-60} CHAOS_SECONDS=$${CHAOS_SECONDS:-300} CHAOS_CLIENTS=$${CHAOS_CLIENTS:-200} \
       SOAK_SECONDS=$${SOAK_SECONDS:-3600} SLOW_CLIENTS=$${SLOW_CLIENTS:-300} LIST_KEYS=$${LIST_KEYS:-100000}
 LONG_TESTS = tests/inference/api/test_idempotency.py tests/inference/api/test_resuming.py tests/real/test_resume_real.py \
       tests/real/test_batches_real.py tests/real/test_neighbours_real.py tests/real/test_forced_real.py tests/real/test_cycles_real.py \
       tests/inference/test_gguf.py tests/structured/test_with_llama_cpp.py tests/real/test_hostile_grammars_real.py \
       tests/inference/api/test_fuzzed_document.py tests/real/test_parking_real.py tests/real/test_chaos_real.py tests/llmsite/test_lists.py \
-      tests/test_integrate_generate.py tests/services/test_chaos_on_postgresql.py tests/real/test_slow_clients_real.py
+      tests/test_integrate_generate.py tests/services/test_chaos_on_postgresql.py tests/real/test_slow_clients_real.py \
+      tests/engine/test_any_company.py
 
 .PHONY: help run install dev test chaos check bench bench-engine bench-lists bench-batches screenshots lock up down clean
 

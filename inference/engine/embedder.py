@@ -146,14 +146,14 @@ class Embedder:
     # plan
 
     def _plan(self, tokens_within: Callable[[int], int]) -> tuple[AdapterVector, dict[int, int]]:
-        """The vector of adapters of the first request that can go on, and tokens by place. There is always one: where
-        no place is left, inputs hold them that are not done."""
-        for request_id in tuple(self._left):
-            adapters = self._left[request_id].request.adapters
-            self._left.move_to_end(request_id)
+        """The vector of adapters of the first request that has a place, and tokens by place. There is always one: where
+        no place is left, inputs hold them that are not done. Whoever has none keeps its turn, and gets the next."""
+        for request_id, left in tuple(self._left.items()):
+            adapters = left.request.adapters
             self._seat(adapters)
-            mine = {place: each for place, each in self._inputs.items() if each.request.adapters == adapters}
-            if mine:
+            if any(each.request is left.request for each in self._inputs.values()):
+                self._left.move_to_end(request_id)
+                mine = {place: each for place, each in self._inputs.items() if each.request.adapters == adapters}
                 return adapters, self._share(mine, tokens_within)
         raise RuntimeError("no input can go on")
 
@@ -166,10 +166,8 @@ class Embedder:
             left.index, left.start = left.index + 1, left.start + left.length
 
     def _in_turn(self, adapters: AdapterVector) -> Iterator[_Left]:
-        """Requests that have an input without a place, again and again: first the one whose turn it is, which has been
-        moved to the end, then the others."""
+        """Requests that have an input without a place, again and again, from the one whose turn it is."""
         waiting = [each for each in self._left.values() if each.request.adapters == adapters]
-        waiting = waiting[-1:] + waiting[:-1]
         while waiting := [each for each in waiting if each.length]:
             for left in waiting:
                 if left.length:

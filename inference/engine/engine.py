@@ -204,7 +204,7 @@ class Engine:
             return
         if sequence.is_truncated:
             return  # a shift leaves holes in the slot, a restored state has none: its sums differ in their last bits
-        is_of_use = len(self._waiting) > len(self._held_back()) and not self._slots.free
+        is_of_use = len(self._waiting) - len(self._held_back()) > len(self._slots.free)
         if not is_of_use or sequence.slot_id is None or not self._keeper.can_park(sequence.num_computed):
             return
         state = self._keeper.park(sequence.slot_id, sequence.num_computed)
@@ -528,7 +528,7 @@ class Engine:
             sequence = self._waiting.pop(seat.request_id)
             request = sequence.request
             num_cached = self._fill(sequence, seat)
-            self._slots.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
+            self._keeper.take(seat.slot_id, seat.request_id, (request.cache_scope, seat.number))
             sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
             self._running[seat.request_id] = sequence
             try:
@@ -547,7 +547,7 @@ class Engine:
         parked, sequence.parked = sequence.parked, None
         assert parked is not None
         self._keeper.make_room(seat.slot_id)
-        self._slots.take(seat.slot_id, seat.request_id, (sequence.request.cache_scope, seat.number))
+        self._keeper.take(seat.slot_id, seat.request_id, (sequence.request.cache_scope, seat.number))
         sequence.slot_id, sequence.slot_number = seat.slot_id, seat.number
         self._running[seat.request_id] = sequence
         self._backend.attach(seat.slot_id, parked.detached)
@@ -557,6 +557,7 @@ class Engine:
         try:
             self._keeper.unpark(seat.slot_id, parked.state, sequence.num_computed)
         except EngineError as error:
+            sequence.num_exact = 0  # the slot holds nothing of it
             self._finish(sequence, FinishReason.ERROR, self._clock(), error=error.code)
             return
         if self._drafter:

@@ -176,6 +176,8 @@ class FakeBackend:
 
     def _hold(self, part: SlotWork, adapters: AdapterVector) -> None:
         held = self._held[part.slot_id]
+        if not part.tokens:
+            raise ValueError(f"nothing is to be computed in slot {part.slot_id}")
         if part.start != len(held) or any(vector != adapters for _, vector in held):
             raise ValueError(f"slot {part.slot_id} holds {len(held)} tokens, or some of another adapter vector")
         if len(held) + len(part.tokens) > self.n_ctx:

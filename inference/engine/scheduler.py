@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from inference.engine.drafting import DraftLengths, lengths
 from inference.engine.plan import Candidate, ScheduleView, StepPlan
-from inference.engine.seating import seat
+from inference.engine.seating import MIN_SHARED_TOKENS, seat
 from inference.engine.turns import next_vector
 
 MAX_PATIENCE_STEPS = 8
@@ -29,7 +29,7 @@ def schedule(view: ScheduleView) -> StepPlan:
     one. A step carries sequences of one adapter vector; which, turns.py says.
     """
     seats, seated = seat(view)
-    candidates = _in_turn((*view.running, *seated), view.step)
+    candidates = _in_turn((*view.running, *seated), view)
     if not candidates:
         return StepPlan()
     adapters = next_vector(candidates, view.turn, view.step)
@@ -44,12 +44,19 @@ def schedule(view: ScheduleView) -> StepPlan:
     return StepPlan(seats, num_tokens, adapters, drafts.num_drafted, drafts.probe_seconds)
 
 
-def _in_turn(candidates: Sequence[Candidate], step: int) -> Sequence[Candidate]:
-    """While somebody waits for a first token, whoever is patient stands back; for MAX_PATIENCE_STEPS at a stretch."""
+def _in_turn(candidates: Sequence[Candidate], view: ScheduleView) -> Sequence[Candidate]:
+    """While somebody waits for a first token, whoever is patient stands back; for MAX_PATIENCE_STEPS at a stretch, and
+    not one whose prompt begins like that of somebody who waits and is not: such a one waits for it (seating.py)."""
     if all(each.is_patient or each.is_decoding for each in candidates):
         return candidates
-    overdue = step - MAX_PATIENCE_STEPS
-    return [each for each in candidates if not each.is_patient or max(each.last_step, each.arrived_step) < overdue]
+    overdue = view.step - MAX_PATIENCE_STEPS
+    urgent = (each for each in view.waiting if not each.is_patient)
+    awaited = {other for each in urgent for other, number in each.shared.items() if number >= MIN_SHARED_TOKENS}
+    return [
+        each
+        for each in candidates
+        if not each.is_patient or each.request_id in awaited or max(each.last_step, each.arrived_step) < overdue
+    ]
 
 
 def _decode(group: Sequence[Candidate], most: int) -> dict[str, int]:

@@ -29,19 +29,22 @@ def seat(view: ScheduleView) -> tuple[tuple[Seat, ...], tuple[Candidate, ...]]:
     parked sequences, but first for those that were parked too long ago.
 
     One that shares a long prefix with a prompt being computed is passed over until that has got so far, and one that
-    waits for a slot of its scope until that is free.
+    waits for a slot of its scope until that is free. The former has a slot all the same, if one was made for it: parked
+    sequences leave it alone.
     """
     free = set(view.free_slots)
     busy, names = dict(view.busy), dict(view.names)
     kept: dict[int, int] = {}  # tokens that slots taken in this plan still have of what they held
     computing = {each.request_id for each in view.running if not each.is_decoding}
     parked = frozenset(each.request_id for each in view.parked)
+    num_coming = 0  # those that are passed over for a prefix
     seats, seated = [], []
     for candidate in (*view.parked[: view.num_overdue], *view.waiting, *view.parked[view.num_overdue :]):
-        if not free:
+        if len(free) <= (num_coming if candidate.request_id in parked else 0):
             break
         usable = {slot: min(number, kept.get(slot, number)) for slot, number in candidate.prefixes.items()}
         if _waits(candidate, computing, max(*usable.values(), candidate.stored, 0), view.step):
+            num_coming += not candidate.is_patient
             continue
         choices = _choices(candidate, free, names)
         if not choices:

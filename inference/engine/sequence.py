@@ -196,8 +196,9 @@ class Sequence:
 
     def work(self, slot_id: int, num_tokens: int, draft: Iterable[int] = ()) -> SlotWork:
         """The next num_tokens pending tokens as work for the backend, and a draft behind them; the last pending one
-        samples, unless the prompt is all that is wanted."""
-        start, end = self.num_computed, self.num_computed + num_tokens
+        samples, unless the prompt is all that is wanted. Fewer are pending than planned where the slot was filled with
+        more of the prompt than the plan knew: taking an earlier seat may have stored it."""
+        start, end = self.num_computed, min(self.num_computed + num_tokens, len(self.tokens))
         guesses = list(draft)
         samples = end == len(self.tokens) and self.request.max_tokens > 0
         return SlotWork(slot_id, start, self.tokens[start:end] + guesses, samples, len(guesses))
@@ -222,6 +223,7 @@ class Sequence:
         """What has been computed up to now. A sequence that never started has only queued."""
         started = now if self.started_at is None else self.started_at
         first_token = now if self.first_token_at is None else self.first_token_at
+        parked = now - self.parked_at if self.parked else 0.0
         return Receipt(
             prompt_tokens=len(self.request.prompt),
             cached_tokens=self.cached_tokens,
@@ -231,7 +233,7 @@ class Sequence:
             is_truncated=self.is_truncated,
             held_tokens=self.num_computed,
             num_parks=self.num_parks,
-            parked_seconds=self.parked_seconds,
+            parked_seconds=self.parked_seconds + parked,
             queue_seconds=started - self.submitted_at,
             prefill_seconds=first_token - started,
             decode_seconds=now - first_token,

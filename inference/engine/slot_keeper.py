@@ -91,6 +91,11 @@ class SlotKeeper:
         if self._bytes_per_token * len(held.tokens) <= self._store.max_bytes // 2:
             self._store.put(self._take(slot_id, held))
 
+    def take(self, slot_id: int, request_id: str, name: SlotName) -> None:
+        """Give a free slot to a request, and a name: what was called so before holds it no longer."""
+        self._slots.take(slot_id, request_id, name)
+        self._store.release(name)
+
     def restore_for(self, sequence: Sequence, slot_id: int) -> int:
         """Let a slot hold the stored state that the prompt begins like; how many of its first tokens that are now."""
         found = self._store.find(sequence.cache_key, list(sequence.request.prompt[:-1])) if sequence.cache_key else None
@@ -182,8 +187,7 @@ class SlotKeeper:
         if slot_id is not None and (held := self._slots.held.get(slot_id)):
             taken = self._take(slot_id, held)
             return SlotState(tuple(taken.tokens), held.key[1], taken.state)
-        scope, number = name
-        stored = self._store.latest(scope, number) if scope is not None else None
+        stored = self._store.latest(name)
         return SlotState() if stored is None else SlotState(tuple(stored.tokens), stored.key[1], stored.state)
 
     def restore(self, slot_id: int, name: SlotName, saved: SlotState, used: int) -> None:
@@ -194,6 +198,7 @@ class SlotKeeper:
         if len(saved.tokens) >= self._backend.n_ctx:
             raise EngineError("state_invalid", f"{len(saved.tokens)} tokens do not fit into {self._backend.n_ctx}")
         self._slots.forget(slot_id)
+        self._store.release(name)
         self._backend.erase(slot_id)
         if saved.tokens:
             self._put_into(slot_id, saved.state, len(saved.tokens))
@@ -209,7 +214,7 @@ class SlotKeeper:
             self._slots.forget(slot_id)
             self._backend.erase(slot_id)
         if scope is not None:
-            stored = self._store.latest(scope, number)
+            stored = self._store.latest(name)
             tokens = tokens or (stored.tokens if stored else [])
             self._store.forget_slot(scope, number, tokens)
         return len(tokens)

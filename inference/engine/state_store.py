@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from inference.engine.prefix import CacheKey, common_prefix
+from inference.engine.slots import SlotName
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +22,10 @@ class StoredState:
     tokens: list[int]
     state: bytes
 
+    @property
+    def name(self) -> SlotName:
+        return self.key[0], self.number
+
 
 class StateStore:
     """At most max_bytes of states. version changes with the content, so that answers can be remembered."""
@@ -30,6 +35,7 @@ class StateStore:
         self.num_bytes = 0
         self.version = 0
         self._entries: dict[int, StoredState] = {}  # by id, least recently used first
+        self._left: dict[SlotName, int] = {}  # of slots that made room, the id of what they held last
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -48,17 +54,22 @@ class StateStore:
 
         False where it is too large, or one that is kept begins with all of it.
         """
+        self.release(entry.name)
         if len(entry.state) > self.max_bytes // 2:
             return False
         own = [each for each in self._entries.values() if each.key == entry.key]
-        if any(each.tokens[: len(entry.tokens)] == entry.tokens for each in own):
-            return False
+        for each in own:
+            if each.tokens[: len(entry.tokens)] == entry.tokens:
+                if len(each.tokens) == len(entry.tokens):
+                    self._left[entry.name] = id(each)
+                return False
         for each in own:
             if entry.tokens[: len(each.tokens)] == each.tokens:
                 self._drop(each)
         self._make_room(len(entry.state), self.max_bytes // 2, entry.key[0])
         self._make_room(len(entry.state), self.max_bytes)
         self._entries[id(entry)] = entry
+        self._left[entry.name] = id(entry)
         self.num_bytes += len(entry.state)
         self.version += 1
         return True
@@ -70,9 +81,14 @@ class StateStore:
         number, entry = max(found, key=lambda pair: pair[0], default=(0, None))
         return (entry, number) if entry is not None and number else None
 
-    def latest(self, scope: str, number: int) -> StoredState | None:
+    def latest(self, name: SlotName) -> StoredState | None:
         """What the scope's slot of this number held last, if it had to make room."""
-        return next((each for each in self if (each.key[0], each.number) == (scope, number)), None)
+        return self._entries.get(self._left.get(name, 0))
+
+    def release(self, name: SlotName) -> None:
+        """The scope's slot of this number holds something else from now on: what it has left here is no longer what it
+        held last, and stays for prompts that begin like it."""
+        self._left.pop(name, None)
 
     def touch(self, entry: StoredState) -> None:
         """It was of use just now."""
@@ -100,5 +116,7 @@ class StateStore:
 
     def _drop(self, entry: StoredState) -> None:
         del self._entries[id(entry)]
+        for name in [name for name, left in self._left.items() if left == id(entry)]:
+            del self._left[name]
         self.num_bytes -= len(entry.state)
         self.version += 1

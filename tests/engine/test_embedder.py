@@ -9,7 +9,16 @@ from inference.engine.embedder import Embedder
 from inference.engine.engine import Engine
 from inference.engine.fake_backend import FakeBackend
 from inference.engine.fake_embedder import FakeEmbedder
-from inference.engine.types import Delta, Embedded, Embedding, EngineError, Finished, GenerationRequest, Pooling
+from inference.engine.types import (
+    AdapterVector,
+    Delta,
+    Embedded,
+    Embedding,
+    EngineError,
+    Finished,
+    GenerationRequest,
+    Pooling,
+)
 from inference.engine.vectors import Pool, normalized
 
 pytestmark = pytest.mark.unit
@@ -102,6 +111,22 @@ def test_a_long_input_comes_in_pieces_and_gets_its_room_though_short_ones_never_
     assert bench.finished["long"].receipt.num_steps > 1
     assert bench.vectors["long"] == alone(asked("long", N_CTX))
     bench.run()
+
+
+@pytest.mark.parametrize("adapters", [(), (("poet", 1.0),)], ids=["alike", "with an adapter"])
+@pytest.mark.parametrize("num_others", range(1, 12))
+def test_whoever_finds_no_place_keeps_its_turn(num_others: int, adapters: AdapterVector) -> None:
+    """However steps and turns fall together: an input of each other at most comes first, and those that have places."""
+    bench = Bench(FakeEmbedder(N_CTX, max_step_tokens=16))
+    bench.backend._loaded.add("poet")
+    bench.add(*(asked(f"long-{number}", *[N_CTX] * 40) for number in range(num_others)))
+    for _ in range(5):
+        bench.step()
+    before = sum(map(len, bench.vectors.values()))
+    bench.add(asked("short", 8, adapters=adapters))
+    while "short" not in bench.finished and len(bench.finished) < num_others:
+        bench.step()
+    assert sum(map(len, bench.vectors.values())) - before <= num_others + bench.embedder.n_places + 1
 
 
 @pytest.mark.parametrize("pooling", list(Pooling))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from inference.engine import FakeBackend, FinishReason, Parked, Resumed, SamplingParams
+from inference.engine import FakeBackend, FinishReason, Parked, Resumed, SamplingParams, Started
 from inference.engine.backend import Abilities
 from inference.engine.engine import MAX_PARKED_SECONDS
 from inference.engine.slot_keeper import SlotState
@@ -114,6 +114,44 @@ def test_nobody_is_parked_where_that_helps_nobody(clock: HandClock) -> None:
     assert kinds(bench, Parked) == []
 
 
+def test_as_many_make_room_as_come_in_one_step(clock: HandClock) -> None:
+    bench = bench_of(clock, 2)
+    long_one(bench)
+    long_one(bench, "other", prompt=(6, 6, 7))
+    for _ in range(5):
+        bench.step()
+    short_one(bench)
+    short_one(bench, "dora's", prompt=(9, 9), cache_scope="dora")
+    bench.engine.park("long")
+    bench.engine.park("other")
+    while not {"short", "dora's"} <= bench.finished.keys():
+        bench.step()
+    assert not bench.finished.keys() & {"long", "other"}
+    bench.run()
+    assert sorted(kinds(bench, Parked)) == ["long", "other"]
+    assert bench.text("long") == alone(clock)
+
+
+def test_who_waits_for_a_prefix_has_the_slot_that_was_made_for_it(clock: HandClock) -> None:
+    """While its beginning is computed for another, whoever is parked does not come back into it."""
+    bench = bench_of(clock, 2, max_step_tokens=16)
+    system = tuple(range(100, 200))
+    long_one(bench, max_tokens=100)
+    long_one(bench, "other", prompt=(6, 6, 7), max_tokens=100)
+    for _ in range(5):
+        bench.step()
+    for request_id, parked in [("short", "long"), ("shares its prompt", "other")]:
+        short_one(bench, request_id, prompt=(*system, len(request_id)))
+        bench.engine.park(parked)
+    while kinds(bench, Started)[-1] != "shares its prompt":
+        bench.step()
+    assert kinds(bench, Parked) == ["long", "other"]
+    assert kinds(bench, Resumed) == []
+    finished = bench.run()
+    assert finished["shares its prompt"].receipt.cached_tokens > 90
+    assert sorted(kinds(bench, Resumed)) == ["long", "other"]
+
+
 def test_prompts_and_named_slots_are_not_parked(clock: HandClock) -> None:
     bench = bench_of(clock, max_step_tokens=8)
     long_one(bench, prompt=tuple(range(60)))
@@ -171,12 +209,33 @@ def test_a_parked_sequence_can_be_cancelled_and_pays_what_it_has_had(clock: Hand
         bench.step()
     short_one(bench)
     bench.engine.park("long")
+    clock.sleep(0.5)
     bench.engine.cancel("long")
     finished = bench.run()
     assert finished["long"].reason is FinishReason.CANCELLED
     assert finished["long"].receipt.completion_tokens == 6
+    assert finished["long"].receipt.parked_seconds == pytest.approx(0.5)
     assert bench.engine._keeper._store.max_bytes == ROOM
     assert bench.backend._detached == {}
+
+
+def test_of_a_state_that_cannot_be_restored_nothing_is_reused(clock: HandClock) -> None:
+    class Forgetful(FakeBackend):
+        def restore(self, slot_id: int, state: bytes) -> None:
+            super().restore(slot_id, b"broken")
+
+    backend = Forgetful(1, 256, 0.01, sleep=clock.sleep)
+    bench = Bench(clock, backend, state_bytes=ROOM)
+    long_one(bench)
+    for _ in range(5):
+        bench.step()
+    short_one(bench)
+    bench.engine.park("long")
+    finished = bench.run()
+    assert (finished["long"].reason, finished["long"].error) == (FinishReason.ERROR, "state_invalid")
+    assert bench.engine.slots() == []
+    long_one(bench, "again", prompt=(5, 6, 7, 8))
+    assert bench.run()["again"].receipt.cached_tokens == 0
 
 
 def test_a_deadline_ends_a_parked_sequence(clock: HandClock) -> None:

@@ -189,6 +189,14 @@ def test_whoever_is_patient_stands_back_while_somebody_waits_for_a_first_token()
     assert schedule(view(running=running[:3], step=10)).num_tokens == {"batch": 1, "d": 1, "line": 50}
 
 
+def test_a_patient_prompt_that_somebody_waits_for_does_not_stand_back() -> None:
+    line, other = prompt("line", 50, is_patient=True, last_step=9), prompt("p", 20, arrived_step=10)
+    free: dict[str, Any] = {"running": (line, other), "free_slots": frozenset({0}), "step": 10}
+    for shared, is_patient, carried in [(100, False, {"line", "p"}), (100, True, {"p"}), (10, False, {"p", "new"})]:
+        new = prompt("new", 120, shared={"line": shared}, is_patient=is_patient, arrived_step=10)
+        assert schedule(view(waiting=(new,), **free)).num_tokens.keys() == carried
+
+
 def test_patience_ends() -> None:
     running = (decoding("batch", is_patient=True, last_step=9), prompt("p", 20, arrived_step=10))
     carried = [step for step in range(10, 60) if "batch" in schedule(view(running=running, step=step)).num_tokens]

@@ -13,7 +13,7 @@ from inference.engine.backend import Abilities
 from inference.engine.drafting import DraftPolicy, DraftSettings
 from inference.engine.plan import Candidate, ScheduleView, Seat
 from inference.engine.seating import copy_threshold, seat
-from inference.engine.slot_keeper import MIN_KEPT_TOKENS
+from inference.engine.slot_keeper import MIN_KEPT_TOKENS, SlotState
 from inference.engine.speculative import PromptLookup
 from inference.engine.state_store import StateStore, StoredState
 from inference.engine.types import EngineError
@@ -191,6 +191,28 @@ def test_an_accepted_prefix_of_a_shifted_sequence_is_what_is_stored() -> None:
     assert cached(bench, "again", prompt=words(0), **ALICE) == 100
 
 
+def test_a_seat_before_it_may_store_more_of_a_prompt_than_the_plan_has_found() -> None:
+    """Of the conversation that goes on, the plan finds its beginning in the store and the rest in no slot: the one that
+    holds it goes to somebody who comes in the same step. Only then its state is stored, too."""
+    bench = bench_of(n_slots=2)
+    system = words(0, 100)
+    for request_id, prompt, scope in [
+        ("another", (*system, *words(500, 50)), ALICE),
+        ("bob", words(2000), BOB),
+        ("makes room for another", words(3000), BOB),
+        ("conversation", (*system, *words(600)), ALICE),
+        ("bob again", words(4000), BOB),
+    ]:
+        cached(bench, request_id, prompt=prompt, **scope)
+    bench.add("takes its slot", prompt=words(5000), **BOB)
+    bench.add("goes on", prompt=(*system, *words(600), 7), **ALICE)
+    assert [(each.scope, each.num_held) for each in bench.engine.slots()] == [("bob", 203), ("alice", 303)]
+    assert bench.run()["goes on"].receipt.cached_tokens == 300
+    alone = bench_of()
+    cached(alone, "goes on", prompt=(*system, *words(600), 7))
+    assert bench.text("goes on") == alone.text("goes on")
+
+
 # Slots by number
 
 
@@ -223,6 +245,25 @@ def test_a_slot_that_had_to_make_room_can_still_be_saved() -> None:
     cached(bench, "two", prompt=words(0), **BOB)
     assert len(bench.engine.save_slot(("alice", 0)).tokens) == 203
     assert bench.engine.save_slot(("charlie", 0)).tokens == ()
+
+
+def test_what_a_slot_held_before_the_last_is_not_saved_in_its_place() -> None:
+    """Neither where the last left nothing that can be reused, nor where that was too short to be stored, nor where a
+    restore has failed."""
+    for fields in [
+        {"prompt": words(500), "max_tokens": 1000, "decoding": Decoding(slot_id=0, context_shift=True)},
+        {"prompt": words(500, 20), "decoding": Decoding(slot_id=0)},
+    ]:
+        bench = bench_of()
+        cached(bench, "one", prompt=words(0), decoding=Decoding(slot_id=0), **ALICE)
+        cached(bench, "two", **fields, **ALICE)
+        cached(bench, "bob", prompt=words(0, 20), **BOB)
+        assert bench.engine.save_slot(("alice", 0)).tokens == ()
+        assert cached(bench, "one again", prompt=words(0), **ALICE) == 199
+        cached(bench, "bob again", prompt=words(0), **BOB)
+        assert len(bench.engine.save_slot(("alice", 0)).tokens) == 203
+        bench.engine.restore_slot(("alice", 0), SlotState())
+        assert bench.engine.save_slot(("alice", 0)).tokens == ()
 
 
 def test_bob_neither_saves_nor_erases_what_alice_holds() -> None:
