@@ -182,6 +182,7 @@ class WorkerHost:
         self._never_loaded: Sequence[HostedModel] = ()
         self._unknown_leases: dict[str, int] = {}
         self._free_and_waiting_since: float | None = None
+        self._has_started = False
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in [
@@ -209,6 +210,7 @@ class WorkerHost:
         self._keeper.wait_until_settled()
         follow.start()
         entitlements.start()
+        self._has_started = True
         waiting = self._num_waiting()
         logger.info("worker %s of pool %s is ready, %d tickets wait", self.worker_id, self.pool, waiting)
         self._ring(waiting)
@@ -672,7 +674,7 @@ class WorkerHost:
                 due += min(waiting.number, model.num_slots + model.num_held_back - model.num_busy)
         if self._num_threads is not None:  # one that serves cannot answer a bell
             due = min(due, self._num_threads - len(self._live))
-        if due <= 0 or self._stopping.is_set():
+        if due <= 0 or self._stopping.is_set() or not self._has_started:
             self._free_and_waiting_since = None
             return
         now = time.monotonic()

@@ -356,6 +356,36 @@ def test_a_worker_whose_threads_all_serve_is_not_stuck_though_slots_are_free(
             assert finish(valkey, sent.request_id)["reason"] == "length"
 
 
+def test_a_worker_that_still_loads_models_is_not_stuck_though_one_is_ready(
+    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery's consumer begins when all of them are loaded: until then nobody can answer a bell."""
+    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
+    register("vast", is_default=False, digest="e" * 64)
+    stuck, gate = threading.Event(), threading.Event()
+
+    def load(served: Any) -> FakeBackend:
+        if served.name == "vast":
+            gate.wait(PATIENCE_SECONDS)
+        return FakeBackend(served.n_slots, served.n_ctx)
+
+    host = worker_module.WorkerHost("default", client=valkey, load=load, on_stuck=stuck.set, num_threads=4)
+    starting = threading.Thread(target=host.start, daemon=True)
+    starting.start()
+    try:
+        wait_for(lambda: host.num_slots)
+        admitted(alice)
+        wait_for(lambda: any(found.number for found in host._keeper.waiting.values()))
+        assert not stuck.wait(0.5)
+        gate.set()
+        starting.join(PATIENCE_SECONDS)
+        assert stuck.wait(PATIENCE_SECONDS)
+    finally:
+        gate.set()
+        starting.join(PATIENCE_SECONDS)
+        host.stop(0.0, 5.0)
+
+
 def test_the_heart_beats_while_a_question_for_tickets_hangs(
     alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
