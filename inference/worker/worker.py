@@ -440,7 +440,8 @@ class WorkerHost:
 
     def _generate(self, live: _Live) -> Finished:
         ticket = live.lease.ticket
-        now = time.time()
+        # Its age is Redis' word, since the clock here need not be that of the host which wrote the deadlines.
+        now = ticket.created_at + live.lease.waited_seconds
         if ticket.queue_deadline_at < now:
             return _without_engine(ticket, FinishReason.ERROR, "queue_timeout")
         if (early := self._cancelled_early.pop(ticket.request_id, None)) is not None:

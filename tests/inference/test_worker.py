@@ -386,6 +386,20 @@ def test_a_worker_that_still_loads_models_is_not_stuck_though_one_is_ready(
         host.stop(0.0, 5.0)
 
 
+def test_a_worker_whose_clock_is_wrong_serves_all_the_same(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hours in (2, -2):
+        wrong = SimpleNamespace(
+            time=lambda ahead=hours * 3600: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
+        )
+        with monkeypatch.context() as patched:
+            patched.setattr(worker_module, "time", wrong)
+            with worker(valkey, threads=1):
+                last = finish(valkey, admitted(alice).ticket.request_id)
+        assert (last["reason"], last["error"]) == ("length", None)
+
+
 def test_the_heart_beats_while_a_question_for_tickets_hangs(
     alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
