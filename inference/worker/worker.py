@@ -565,18 +565,23 @@ class WorkerHost:
                     pubsub.subscribe(cancels, slots, models)
                     while not self._gone.is_set():
                         message = pubsub.get_message(timeout=1.0)
-                        if message is None:
-                            continue
-                        if message["channel"].decode() == slots:
-                            self._slot_desk.take(message["data"])
-                        elif message["channel"].decode() == models:
-                            self._take_model_order(message["data"])
-                        else:
-                            request_id, _, why = message["data"].decode().partition(" ")
-                            self._cancel(request_id, why or "cancelled")
+                        if message is not None:
+                            self._follow_word(message["channel"].decode(), message["data"])
             except redis.RedisError as error:
                 logger.warning("cancels come by heartbeat until Redis is back: %s", error)
                 self._gone.wait(BEAT_SECONDS)
+
+    def _follow_word(self, channel: str, data: bytes) -> None:
+        try:
+            if channel == slot_actions.channel_of(self.worker_id):
+                self._slot_desk.take(data)
+            elif channel == model_orders.channel_of(self.worker_id):
+                self._take_model_order(data)
+            else:
+                request_id, _, why = data.decode().partition(" ")
+                self._cancel(request_id, why or "cancelled")
+        except Exception:  # whatever was published, the next word must be heard
+            logger.exception("a word to this worker could not be followed")
 
     def _take_model_order(self, data: bytes) -> None:
         try:

@@ -400,6 +400,23 @@ def test_a_worker_whose_clock_is_wrong_serves_all_the_same(
         assert (last["reason"], last["error"]) == ("length", None)
 
 
+def test_garbage_on_its_channels_leaves_a_worker_that_hears(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker(valkey, threads=1, load=fake_load(0.02)) as host:
+        sent = admitted(alice, max_tokens=200, stream=True).ticket
+        wait_for(lambda: text_of(events(valkey, sent.request_id)))
+        monkeypatch.setattr(worker_module, "BEAT_SECONDS", 3600.0)  # which would bring the cancel, too
+        host._has_news.set()
+        wait_for(lambda: not host._has_news.is_set())
+        order = b'{"action":"save","model_id":1,"tenant_id":1,"wait_seconds":"long"}'
+        for channel, garbage in (("cancel", b"\xff\xfe"), ("slot-actions", order), ("model-orders", b"[1]")):
+            assert valkey.publish(f"{channel}:{host.worker_id}", garbage) == 1
+        assert cancel(sent.request_id) == "running"
+        assert finish(valkey, sent.request_id)["reason"] == "cancelled"
+        host._has_news.set()
+
+
 def test_the_heart_beats_while_a_question_for_tickets_hangs(
     alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
