@@ -414,6 +414,17 @@ def test_signing_off_leaves_the_rest_to_the_sweep(queue: TicketQueue) -> None:
 # Nothing is left behind
 
 
+def test_the_lists_of_who_runs_what_end_where_the_site_stood_still(queue: TicketQueue, valkey: Any) -> None:
+    """The hash of a ticket runs out while nobody sweeps; nothing else would ever take its id out of these."""
+    queue.put(ticket())
+    assert 0 < valkey.ttl("of:tenant:1") <= valkey.ttl("of:key:1")
+    longest = valkey.ttl("of:key:1")
+    assert longest >= valkey.ttl("queued:1") > 0
+    now = time.time()
+    queue.put(ticket(created_at=now, queue_deadline_at=now + 1, deadline_at=now + 1))
+    assert valkey.ttl("of:tenant:1") >= longest - 2, "the longest counts"
+
+
 def test_an_ended_request_leaves_only_its_stream_and_state_both_with_an_end(queue: TicketQueue, valkey: Any) -> None:
     sent = ticket()
     queue.put(sent)
