@@ -29,7 +29,7 @@ class GuardedConsumer(Consumer):
     """Rejects a message whose handling failed for a reason other than the connection, and soon connects again."""
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
-        connection = self.app.connection_for_read(heartbeat=heartbeat)
+        connection: Any = self.app.connection_for_read(heartbeat=heartbeat)
         connection.ensure_connection = partial(
             connection.ensure_connection,
             interval_start=CONNECT_AGAIN_SECONDS,
