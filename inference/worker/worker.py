@@ -641,7 +641,7 @@ class WorkerHost:
             return
         if pulse.num_waiting or pulse.num_batch_waiting:
             self._keeper.look()
-        self._watch(pulse.num_waiting)
+        self._watch(pulse.num_waiting, pulse.num_batch_waiting)
         if pulse.num_batch_waiting and any(model.takes_batch for model in self._all_models()):
             self._ring(min(pulse.num_batch_waiting, self.num_slots))
 
@@ -671,13 +671,18 @@ class WorkerHost:
         for request_id in [each for each, (at, _) in self._cancelled_early.items() if at < horizon]:
             self._cancelled_early.pop(request_id, None)
 
-    def _watch(self, num_waiting: int) -> None:
-        """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped."""
+    def _watch(self, num_waiting: int, num_batch_waiting: int) -> None:
+        """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped.
+        Until all models are loaded it has not begun: who has one of them already waits for the others, too."""
         due = 0
-        for model in self._all_models() if num_waiting else ():
+        for model in self._all_models() if num_waiting or num_batch_waiting else ():
             waiting = self._keeper.waiting.get(model.served.id)
-            if model.takes and waiting is not None:
+            if waiting is None:
+                continue
+            if num_waiting and model.takes:
                 due += min(waiting.number, model.num_slots + model.num_held_back - model.num_busy)
+            elif num_batch_waiting and model.takes_batch:
+                due += min(waiting.number, 1)
         if self._num_threads is not None:  # one that serves cannot answer a bell
             due = min(due, self._num_threads - len(self._live))
         if due <= 0 or self._stopping.is_set() or not self._has_started:

@@ -35,6 +35,7 @@ from tests.inference.flow import (
     principal_of,
     register,
     text_of,
+    ticket,
     wait_for,
     worker,
 )
@@ -341,6 +342,16 @@ def test_a_worker_whose_bell_nobody_answers_ends(
     with worker(valkey, on_stuck=stuck.set, num_threads=1):
         admitted(alice)
         assert stuck.wait(PATIENCE_SECONDS)
+
+
+def test_a_worker_that_takes_no_lines_of_batches_ends_too(
+    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
+    stuck = threading.Event()
+    with worker(valkey, on_stuck=stuck.set, num_threads=1):
+        ticket_queue().put(ticket(model_id=ServedModel.objects.get().pk, is_batch=True))
+        assert stuck.wait(PATIENCE_SECONDS / 3)
 
 
 def test_a_worker_whose_threads_all_serve_is_not_stuck_though_slots_are_free(
