@@ -195,8 +195,9 @@ class WorkerHost:
 
     # Life
 
-    def start(self) -> None:
-        """Load the pool's models, then be ready. A model that cannot be loaded is reported, and the others serve."""
+    def start(self, *, waits: bool = True) -> None:
+        """Load the pool's models. A model that cannot be loaded is reported, and the others serve. waits: until all
+        that can be are; else what is loaded may serve while the others still load."""
         self._writer.start()
         self._settler.start()
         for served in self._read_registry(self.pool):
@@ -207,12 +208,13 @@ class WorkerHost:
         self._keeper.start()
         for model in self._all_models():
             self._load_if_eager(model)
-        self._keeper.wait_until_settled()
+        if waits:
+            self._keeper.wait_until_settled()
         follow.start()
         entitlements.start()
         self._has_started = True
         waiting = self._num_waiting()
-        logger.info("worker %s of pool %s is ready, %d tickets wait", self.worker_id, self.pool, waiting)
+        logger.info("worker %s of pool %s has started, %d tickets wait", self.worker_id, self.pool, waiting)
         self._ring(waiting)
 
     def stop(self, drain_seconds: float, end_seconds: float = END_SECONDS) -> None:
@@ -673,7 +675,7 @@ class WorkerHost:
 
     def _watch(self, num_waiting: int, num_batch_waiting: int) -> None:
         """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped.
-        Until all models are loaded it has not begun: who has one of them already waits for the others, too."""
+        Before the start is over it has not begun."""
         due = 0
         for model in self._all_models() if num_waiting or num_batch_waiting else ():
             waiting = self._keeper.waiting.get(model.served.id)
@@ -878,7 +880,8 @@ class Stopper(threading.Thread):
 
 
 class HostStep(bootsteps.StartStopStep):
-    """Models are loaded before the consumer takes anything, and drained before the pool waits for its threads."""
+    """Models begin to load before the consumer takes anything, each serves once it is there, and all are drained before
+    the pool waits for its threads."""
 
     requires = ("celery.worker.components:Pool",)
 
@@ -889,7 +892,7 @@ class HostStep(bootsteps.StartStopStep):
         stopper = Stopper(_host, settings.CONFIG.drain_seconds)
         stopper.start()
         worker_shutting_down.connect(stopper.ask, weak=False)
-        _host.start()
+        _host.start(waits=False)
 
     def stop(self, parent: Any) -> None:
         if _host is not None:

@@ -428,6 +428,45 @@ def test_garbage_on_its_channels_leaves_a_worker_that_hears(
         host._has_news.set()
 
 
+def test_a_model_that_is_loaded_serves_while_others_still_load(
+    alice: Any, valkey: Any, bell: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("vast", is_default=False, digest="e" * 64)
+    gate, hosts = threading.Event(), list[worker_module.WorkerHost]()
+
+    def load(served: Any) -> FakeBackend:
+        if served.name == "vast":
+            gate.wait(PATIENCE_SECONDS)
+        return FakeBackend(served.n_slots, served.n_ctx)
+
+    def hosted_here(pool: str, **options: Any) -> worker_module.WorkerHost:
+        hosts.append(made(pool, load=load, **options))
+        return hosts[0]
+
+    made = worker_module.WorkerHost
+    monkeypatch.setattr(worker_module, "WorkerHost", hosted_here)
+    monkeypatch.setattr(worker_module, "Stopper", lambda *_: SimpleNamespace(start=lambda: None, ask=lambda **_: None))
+    monkeypatch.setattr(worker_module, "_pool_of", lambda _: "default")
+    monkeypatch.setattr(worker_module, "_host", None)
+    sent = admitted(alice).ticket
+    starting = threading.Thread(
+        target=worker_module.HostStep.start, args=[SimpleNamespace(), SimpleNamespace(concurrency=4)], daemon=True
+    )
+    bell.clear()
+    starting.start()
+    try:
+        starting.join(PATIENCE_SECONDS / 3)
+        assert not starting.is_alive(), "Celery's consumer would begin with the last of them"
+        wait_for(lambda: bell)
+        hosts[0].serve()
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        assert not gate.is_set()
+    finally:
+        gate.set()
+        starting.join(PATIENCE_SECONDS)
+        hosts[0].stop(0.0, 5.0)
+
+
 def test_the_heart_beats_while_a_question_for_tickets_hangs(
     alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
