@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from typing import IO, Any, TypeVar
 
 import orjson
@@ -342,13 +343,14 @@ class Feeder:
     def _make_places(self, feeding: list[Batch], in_hand: dict[str, list[Fed]], plan: Plan) -> None:
         """For batches that have nothing in hand, from those that hold more than their share: lines that no worker has
         seen. Where nobody serves their model they would keep everybody else waiting until their batch expires."""
-        without = [batch for batch in feeding if not in_hand.get(batch.id) and book.waiting(batch, 1)]
         share = _share(feeding)
-        missing = len(without) * share
+        too_many = sum(max(0, len(in_hand.get(batch.id, [])) - share) for batch in feeding)
+        without = (batch for batch in feeding if not in_hand.get(batch.id) and book.waiting(batch, 1))
+        missing = share * sum(1 for _ in islice(without, -(-too_many // share)))  # of no more than could get one
         for batch in sorted(feeding, key=lambda each: -len(in_hand.get(each.id, []))):
             held = sorted(in_hand.get(batch.id, []), key=lambda fed: -fed.order.number)
-            surplus = held[: min(missing, max(0, len(held) - share))]
-            withdrawn = [fed for fed in surplus if _withdraw(fed, "another batch's turn")]
+            idle = (fed for fed in held if _is_idle(fed) and _withdraw(fed, "another batch's turn"))
+            withdrawn = list(islice(idle, min(missing, max(0, len(held) - share))))
             missing -= len(withdrawn)
             plan.withdrawn += withdrawn
 
@@ -465,6 +467,12 @@ def _order(batch: Batch, row: BatchLine, file: IO[bytes]) -> Order:
 def _share(feeding: Sequence[Batch]) -> int:
     """Of the places for lines, those of one batch among these."""
     return max(1, settings.CONFIG.batch_lines_at_once // max(1, len(feeding)))
+
+
+def _is_idle(fed: Fed) -> bool:
+    """All that it has begun waits; a line of several answers may be half done."""
+    states = [ticket_queue().state(request_id) for request_id in fed.terms.request_ids]
+    return bool(states) and all(found is not None and found.state == "waiting" for found in states)
 
 
 def _withdraw(fed: Fed, why: str) -> bool:
