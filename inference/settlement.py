@@ -279,9 +279,9 @@ def settle_filed(client: redis.Redis, ended: Sequence[Ended]) -> int:
     return len(settled)
 
 
-def leave_to_sweep(client: redis.Redis, request_id: str) -> None:
-    """Nobody else settles this outcome: the next sweep does, without waiting for its maker."""
-    client.zadd("unsettled", {request_id: time.time() - ORPHAN_SECONDS}, xx=True)
+def leave_to_sweep(client: redis.Redis, request_ids: Sequence[str]) -> None:
+    """Nobody else settles these outcomes: the next sweep does, without waiting for their maker."""
+    client.zadd("unsettled", dict.fromkeys(request_ids, time.time() - ORPHAN_SECONDS), xx=True)
 
 
 def _is_settled(ended: Ended) -> bool:

@@ -97,6 +97,11 @@ def _database(url: str) -> dict[str, Any]:
         "OPTIONS": {
             "pool": {"min_size": 1, "max_size": CONFIG.web_threads + 8, "timeout": 3},
             "connect_timeout": 3,
+            # of a machine that is gone Linux alone would wait a quarter of an hour for a word
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
             # a lock held by a process that hangs must not take the site with it
             "options": "-c lock_timeout=2s -c idle_in_transaction_session_timeout=10s",
             **dict(parse_qsl(parts.query)),

@@ -65,17 +65,13 @@ def create(path: Path) -> IO[bytes]:
 
 
 def keep(written: Path, row: StoredFile) -> StoredFile:
-    """Give the bytes of `written` their place, then their row. Whoever dies between leaves bytes for `purge`."""
+    """Give the bytes of `written` their place, then their row. Whoever dies between leaves bytes for `purge`; so does
+    whoever fails: the row may be there, since a commit's reply can be lost and another may have written the same."""
     with written.open("rb") as file:
         os.fsync(file.fileno())
-    place = path_of(row.tenant_id, row.id)
-    written.replace(place)
-    try:
-        with turn():
-            row.save(force_insert=True)
-    except BaseException:
-        place.unlink(missing_ok=True)
-        raise
+    written.replace(path_of(row.tenant_id, row.id))
+    with turn():
+        row.save(force_insert=True)
     return row
 
 

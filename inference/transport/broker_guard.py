@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -20,10 +21,22 @@ logger = logging.getLogger(__name__)
 
 BROKER_ERRORS = (redis.RedisError, OSError)
 """Kombu's own list holds KeyError, which garbage raises too."""
+CONNECT_AGAIN_SECONDS = 1
+"""Kombu waits for longer each time, half a minute in the end: the worker lives, and would take nothing for so long."""
 
 
 class GuardedConsumer(Consumer):
-    """Rejects a message whose handling failed for a reason other than the connection."""
+    """Rejects a message whose handling failed for a reason other than the connection, and soon connects again."""
+
+    def connection_for_read(self, heartbeat: Any = None) -> Any:
+        connection: Any = self.app.connection_for_read(heartbeat=heartbeat)
+        connection.ensure_connection = partial(
+            connection.ensure_connection,
+            interval_start=CONNECT_AGAIN_SECONDS,
+            interval_step=0,
+            interval_max=CONNECT_AGAIN_SECONDS,
+        )
+        return self.ensure_connected(connection)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         handle: Callable[[Any], None] = super().create_task_handler(*args, **kwargs)

@@ -91,8 +91,9 @@ class CompletionCache:
             logger.warning("the completion cache does not answer: %s", error)
             return None
         metrics.CACHE_SECONDS.labels(model_id, kind).observe(time.perf_counter() - started)
-        (metrics.CACHE_HITS if body else metrics.CACHE_MISSES).labels(model_id, kind).inc()
-        return Completion(**orjson.loads(body)) if body else None
+        found = _parsed(body) if body else None
+        (metrics.CACHE_HITS if found else metrics.CACHE_MISSES).labels(model_id, kind).inc()
+        return found
 
     def put_command(self, cache_key: str, completion: Completion) -> list[Any] | None:
         """A command for the pipeline that also publishes the end, or None where it is not to be kept.
@@ -108,6 +109,15 @@ class CompletionCache:
         """Keep it now; `put_command` saves the round trip."""
         if command := self.put_command(cache_key, completion):
             self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def _parsed(body: bytes) -> Completion | None:
+    """None for what another version has kept."""
+    try:
+        return Completion(**orjson.loads(body))
+    except (TypeError, ValueError) as error:
+        logger.warning("a kept completion is not readable: %s", error)
+        return None
 
 
 def _names(cache_key: str) -> list[str]:

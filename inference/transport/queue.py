@@ -299,9 +299,12 @@ class TicketQueue:
         """One more reads it in that web process. False where it has ended or is unknown."""
         return bool(self._join(args=[request_id, web, secrets.token_hex(8)]))
 
-    def leave(self, request_id: str, web: str) -> tuple[str | None, Claim | None]:
-        """One reads it no more; without any it is cancelled, as its patience says. As `cancel`, or (kept, None)."""
-        return self._cancelled(self._leave(args=[request_id, web]))
+    def leave(self, request_id: str, web: str, leaving: str = "") -> tuple[str | None, Claim | None]:
+        """One reads it no more; without any it is cancelled, as its patience says. As `cancel`, or (kept, None).
+
+        leaving: the same where it is said again, since nobody knows whether the first time was heard.
+        """
+        return self._cancelled(self._leave(args=[request_id, web, leaving or secrets.token_hex(8)]))
 
     def question(self, request_id: str) -> Question | None:
         """None where the answer cannot be worded again: unknown, too old, or one of several answers."""

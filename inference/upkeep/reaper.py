@@ -1,15 +1,18 @@
 """Ends what nobody serves any more: requests of dead workers, tickets that waited too long, cancelled ones.
 
-A thread of each web process sweeps twice a second, beat rings the same sweep in a worker; any number of sweepers is
-harmless. `cancel` is here too, since a waiting request that is cancelled is ended by whoever cancels it.
+A thread of each web process sweeps twice a second and asks Redis alone; another does what may have to wait for the
+database: it settles what others left, and looks at rights and reservations. Beat rings for both in a worker; any number
+of sweepers is harmless. `cancel` is here too, since a waiting request that is cancelled is ended by whoever cancels it.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -33,6 +36,11 @@ logger = logging.getLogger(__name__)
 SWEEP_SECONDS = 0.5
 RESERVATIONS_EVERY_SECONDS = 30.0
 RESPONSES_EVERY_SECONDS = 600.0
+STOP_SECONDS = 5.0
+MOST_UNHEARD = 10_000
+
+_unheard: deque[tuple[str, str, str]] = deque(maxlen=MOST_UNHEARD)
+"""Request, web and leaving of readers of this process that went while Redis did not answer; any thread."""
 
 
 def cancel(request_id: str, *, queue: TicketQueue | None = None, why: str = "cancelled") -> str | None:
@@ -52,12 +60,32 @@ def leave(request_id: str, web: str, *, queue: TicketQueue | None = None) -> Non
     """A reader has gone: the request ends as after `cancel`, unless it has other readers or may go on without.
 
     Asks Redis alone: all leaves of a web process go through one thread, and a database that is away must not keep
-    those of running requests from their workers. The sweep settles what had waited.
+    those of running requests from their workers. The sweep settles what had waited. Where Redis does not answer, which
+    is when many clients go, the sweep of this process says it again.
     """
-    queue = queue or ticket_queue()
-    _, claim = queue.leave(request_id, web)
+    queue, leaving = queue or ticket_queue(), secrets.token_hex(8)
+    try:
+        _leave(queue, request_id, web, leaving)
+    except redis.RedisError as error:
+        logger.warning("that a reader of %s has gone is said again later: %s", request_id, error)
+        _unheard.append((request_id, web, leaving))
+
+
+def _leave(queue: TicketQueue, request_id: str, web: str, leaving: str) -> None:
+    _, claim = queue.leave(request_id, web, leaving)
     if claim is not None and _end(queue.client, claim) is not None:
-        settlement.leave_to_sweep(queue.client, request_id)
+        settlement.leave_to_sweep(queue.client, [request_id])
+
+
+def _leave_again(queue: TicketQueue) -> None:
+    """Raises redis.RedisError where it is still away; what is left is for the next time."""
+    for _ in range(len(_unheard)):
+        unheard = _unheard.popleft()
+        try:
+            _leave(queue, *unheard)
+        except redis.RedisError:
+            _unheard.append(unheard)
+            raise
 
 
 def cancel_where(*, key_id: int | None = None, tenant_id: int | None = None) -> int:
@@ -96,39 +124,62 @@ def _end(client: redis.Redis, claim: Claim) -> Ended | None:
 
 
 class Reaper:
-    """Sweeps on a thread of its own until it is stopped."""
+    """Sweeps on a thread of its own, and keeps the ledger on another, until it is stopped."""
 
     def __init__(self, queue: TicketQueue, *, every_seconds: float = SWEEP_SECONDS) -> None:
         self._queue = queue
         self._entitlements = Entitlements(queue, lambda request_id, why: cancel(request_id, queue=queue, why=why))
         self._every_seconds = every_seconds
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, args=[round_of_work], name=name, daemon=True)
+            for name, round_of_work in [("reaper", self.end_unserved), ("reaper-ledger", self._look_and_settle)]
+        ]
         self._reservations_at = 0.0
         self._responses_at = float("-inf")
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(5)
+        until = time.monotonic() + STOP_SECONDS
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
 
     def check_entitlements(self) -> None:
         """End what may not go on, in web processes, too: a pool may have no worker. Never raises."""
         self._entitlements.poll()
 
     def sweep(self, now: float | None = None) -> int:
-        """One round; returns how many requests it ended. `now` is monotonic seconds. Raises redis.RedisError."""
-        now = time.monotonic() if now is None else now
+        """One round of both; returns how many requests it ended. `now` is monotonic seconds. Raises redis.RedisError,
+        Refusal or DatabaseError."""
+        number = self.end_unserved()
+        self.settle(now)
+        return number
+
+    def end_unserved(self) -> int:
+        """End what nobody serves or reads, and ring lost bells; how many requests this ended. Raises redis.RedisError.
+
+        Asks no database: one that is away would keep the clients of a dead worker waiting.
+        """
+        client = self._queue.client
         swept = self._queue.sweep()
+        ended = [claim.lease.ticket.request_id for claim in swept.claims if _end(client, claim) is not None]
+        if ended:
+            settlement.leave_to_sweep(client, ended)
+            logger.warning("%d requests were ended that nobody served", len(ended))
         for pool, number in swept.rings:
             for _ in range(number):
                 doorbell.ring(pool)
-        number = end_claims(self._queue.client, swept.claims)
-        if number:
-            logger.warning("%d requests were ended that nobody served", number)
+        _leave_again(self._queue)
+        return len(ended)
+
+    def settle(self, now: float | None = None) -> None:
+        """Settle what others left, and release what nobody will. Raises as `sweep`."""
+        now = time.monotonic() if now is None else now
         client = self._queue.client
         settlement.settle_all_pending(client, older_than_seconds=settlement.ORPHAN_SECONDS)
         if now - self._reservations_at >= RESERVATIONS_EVERY_SECONDS:
@@ -138,13 +189,15 @@ class Reaper:
         if now - self._responses_at >= RESPONSES_EVERY_SECONDS:
             self._responses_at = now
             stored_responses.purge(datetime.now(UTC))
-        return number
 
-    def _run(self) -> None:
+    def _look_and_settle(self) -> None:
+        self.check_entitlements()
+        self.settle()
+
+    def _run(self, round_of_work: Callable[[], object]) -> None:
         while not self._stop.wait(self._every_seconds):
             try:
-                self.check_entitlements()
-                self.sweep()
+                round_of_work()
             except redis.RedisError as error:
                 logger.warning("the sweep waits for Redis: %s", error)
             except (Refusal, DatabaseError) as error:

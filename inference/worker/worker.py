@@ -182,6 +182,7 @@ class WorkerHost:
         self._never_loaded: Sequence[HostedModel] = ()
         self._unknown_leases: dict[str, int] = {}
         self._free_and_waiting_since: float | None = None
+        self._has_started = False
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in [
@@ -194,8 +195,9 @@ class WorkerHost:
 
     # Life
 
-    def start(self) -> None:
-        """Load the pool's models, then be ready. A model that cannot be loaded is reported, and the others serve."""
+    def start(self, *, waits: bool = True) -> None:
+        """Load the pool's models. A model that cannot be loaded is reported, and the others serve. waits: until all
+        that can be are; else what is loaded may serve while the others still load."""
         self._writer.start()
         self._settler.start()
         for served in self._read_registry(self.pool):
@@ -206,11 +208,13 @@ class WorkerHost:
         self._keeper.start()
         for model in self._all_models():
             self._load_if_eager(model)
-        self._keeper.wait_until_settled()
+        if waits:
+            self._keeper.wait_until_settled()
         follow.start()
         entitlements.start()
+        self._has_started = True
         waiting = self._num_waiting()
-        logger.info("worker %s of pool %s is ready, %d tickets wait", self.worker_id, self.pool, waiting)
+        logger.info("worker %s of pool %s has started, %d tickets wait", self.worker_id, self.pool, waiting)
         self._ring(waiting)
 
     def stop(self, drain_seconds: float, end_seconds: float = END_SECONDS) -> None:
@@ -438,7 +442,8 @@ class WorkerHost:
 
     def _generate(self, live: _Live) -> Finished:
         ticket = live.lease.ticket
-        now = time.time()
+        # Its age is Redis' word, since the clock here need not be that of the host which wrote the deadlines.
+        now = ticket.created_at + live.lease.waited_seconds
         if ticket.queue_deadline_at < now:
             return _without_engine(ticket, FinishReason.ERROR, "queue_timeout")
         if (early := self._cancelled_early.pop(ticket.request_id, None)) is not None:
@@ -562,18 +567,23 @@ class WorkerHost:
                     pubsub.subscribe(cancels, slots, models)
                     while not self._gone.is_set():
                         message = pubsub.get_message(timeout=1.0)
-                        if message is None:
-                            continue
-                        if message["channel"].decode() == slots:
-                            self._slot_desk.take(message["data"])
-                        elif message["channel"].decode() == models:
-                            self._take_model_order(message["data"])
-                        else:
-                            request_id, _, why = message["data"].decode().partition(" ")
-                            self._cancel(request_id, why or "cancelled")
+                        if message is not None:
+                            self._follow_word(message["channel"].decode(), message["data"])
             except redis.RedisError as error:
                 logger.warning("cancels come by heartbeat until Redis is back: %s", error)
                 self._gone.wait(BEAT_SECONDS)
+
+    def _follow_word(self, channel: str, data: bytes) -> None:
+        try:
+            if channel == slot_actions.channel_of(self.worker_id):
+                self._slot_desk.take(data)
+            elif channel == model_orders.channel_of(self.worker_id):
+                self._take_model_order(data)
+            else:
+                request_id, _, why = data.decode().partition(" ")
+                self._cancel(request_id, why or "cancelled")
+        except Exception:  # whatever was published, the next word must be heard
+            logger.exception("a word to this worker could not be followed")
 
     def _take_model_order(self, data: bytes) -> None:
         try:
@@ -633,7 +643,7 @@ class WorkerHost:
             return
         if pulse.num_waiting or pulse.num_batch_waiting:
             self._keeper.look()
-        self._watch(pulse.num_waiting)
+        self._watch(pulse.num_waiting, pulse.num_batch_waiting)
         if pulse.num_batch_waiting and any(model.takes_batch for model in self._all_models()):
             self._ring(min(pulse.num_batch_waiting, self.num_slots))
 
@@ -663,16 +673,21 @@ class WorkerHost:
         for request_id in [each for each, (at, _) in self._cancelled_early.items() if at < horizon]:
             self._cancelled_early.pop(request_id, None)
 
-    def _watch(self, num_waiting: int) -> None:
-        """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped."""
+    def _watch(self, num_waiting: int, num_batch_waiting: int) -> None:
+        """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped.
+        Before the start is over it has not begun."""
         due = 0
-        for model in self._all_models() if num_waiting else ():
+        for model in self._all_models() if num_waiting or num_batch_waiting else ():
             waiting = self._keeper.waiting.get(model.served.id)
-            if model.takes and waiting is not None:
+            if waiting is None:
+                continue
+            if num_waiting and model.takes:
                 due += min(waiting.number, model.num_slots + model.num_held_back - model.num_busy)
+            elif num_batch_waiting and model.takes_batch:
+                due += min(waiting.number, 1)
         if self._num_threads is not None:  # one that serves cannot answer a bell
             due = min(due, self._num_threads - len(self._live))
-        if due <= 0 or self._stopping.is_set():
+        if due <= 0 or self._stopping.is_set() or not self._has_started:
             self._free_and_waiting_since = None
             return
         now = time.monotonic()
@@ -865,7 +880,8 @@ class Stopper(threading.Thread):
 
 
 class HostStep(bootsteps.StartStopStep):
-    """Models are loaded before the consumer takes anything, and drained before the pool waits for its threads."""
+    """Models begin to load before the consumer takes anything, each serves once it is there, and all are drained before
+    the pool waits for its threads."""
 
     requires = ("celery.worker.components:Pool",)
 
@@ -876,7 +892,7 @@ class HostStep(bootsteps.StartStopStep):
         stopper = Stopper(_host, settings.CONFIG.drain_seconds)
         stopper.start()
         worker_shutting_down.connect(stopper.ask, weak=False)
-        _host.start()
+        _host.start(waits=False)
 
     def stop(self, parent: Any) -> None:
         if _host is not None:

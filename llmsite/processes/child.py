@@ -101,10 +101,14 @@ class Child:
         self.process = None
         if now - self.started_at >= HEALTHY_SECONDS:
             self.failures = 0
-        self.next_start_at = now + pause_before(self.failures)
-        self.failures += 1
+        self.put_off(now)
         self.plan.on_end(pid)
         return status
+
+    def put_off(self, now: float) -> None:
+        """It has died, or could not be started: it may start after a pause."""
+        self.next_start_at = now + pause_before(self.failures)
+        self.failures += 1
 
     def terminate(self) -> None:
         """Ask it to leave."""

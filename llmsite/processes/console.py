@@ -49,7 +49,10 @@ class Console:
         if self.is_gone:
             return
         try:
-            self.out.write(text + "\n")
+            try:
+                self.out.write(text + "\n")
+            except UnicodeEncodeError:  # a terminal of few letters
+                self.out.write(text.encode("ascii", "backslashreplace").decode() + "\n")
             self.out.flush()
         except OSError:  # the reader of a pipe has gone: go on serving, silently
             self.is_gone = True

@@ -14,6 +14,7 @@ import os
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -259,6 +260,17 @@ class Supervisor:
         assert child.descriptor is not None
         self.selector.register(child.descriptor, selectors.EVENT_READ, child)
 
+    def _begin_again(self, child: Child) -> None:
+        """A machine that has no memory or no process numbers for a moment must not cost the other children."""
+        try:
+            self._begin(child)
+        except (OSError, subprocess.SubprocessError) as error:
+            now = time.monotonic()
+            child.put_off(now)
+            words = getattr(error, "strerror", None) or error
+            pause = child.next_start_at - now
+            self.console.say(f"{child.name} cannot be started ({words}); trying again in {pause:.1f} s.")
+
     # The loop
 
     def _wait(self, is_over: Callable[[], bool]) -> None:
@@ -271,7 +283,8 @@ class Supervisor:
     def _turn(self, timeout: float) -> None:
         """Relay what was written, see who died, start who is due."""
         now = time.monotonic()
-        due = [child.next_start_at - now for child in self.children if not child.is_running]
+        # Who stops starts nobody: those that have ended are not waited for.
+        due = [child.next_start_at - now for child in self.children if not (child.is_running or self.is_stopping)]
         for key, _ in self.selector.select(max(0.0, min([timeout, *due]))):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
@@ -291,7 +304,7 @@ class Supervisor:
             pause = child.next_start_at - now
             self.console.say(f"{child.name} ended ({describe(status)}); starting it again in {pause:.1f} s.")
         elif not child.is_running and now >= child.next_start_at:
-            self._begin(child)
+            self._begin_again(child)
 
     def _ended(self, child: Child) -> int | None:
         descriptor = child.descriptor

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.db import IntegrityError, OperationalError
 from django.utils import timezone
 
 from accounts.ledger import prices
@@ -15,8 +16,8 @@ from accounts.ledger.audit import audit
 from accounts.models import DayUsage, LedgerEntry, Price, QuotaPeriod, Reservation
 from accounts.trail.refusals import Refusal
 from inference import settlement
-from inference.batches import book, redelivery
-from inference.batches.models import Batch
+from inference.batches import book, files, redelivery
+from inference.batches.models import Batch, StoredFile
 from inference.batches.terms import BatchTerms
 from inference.intake.admission import Admitted, admit
 from inference.transport.holding import BATCH_KEPT_SECONDS, Hold
@@ -224,3 +225,49 @@ def test_a_worker_takes_lines_last_and_leaves_slots_free(terms: BatchTerms, valk
         assert host._take().lease.ticket.request_id == "another"  # type: ignore[union-attr]
         assert host.queue.beat("w", flow.POOL, 4, {}).num_batch_waiting == 3
         host._live.clear()
+
+
+def result(cast: Any, number: int = 1) -> StoredFile:
+    now = timezone.now()
+    return StoredFile(
+        id="file-results",
+        tenant=cast.alice.tenant,
+        key=cast.alice.key,
+        purpose=StoredFile.Purpose.BATCH_OUTPUT,
+        filename="results.jsonl",
+        size_bytes=number,
+        created_at=now,
+        expires_at=now + timedelta(days=1),
+    )
+
+
+def write(row: StoredFile, content: bytes) -> None:
+    with files.scratch(row.tenant_id) as place:
+        with files.create(place) as file:
+            file.write(content)
+        files.keep(place, row)
+
+
+def test_results_are_there_though_the_reply_to_their_commit_was_lost(
+    transactional_db: None, cast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, save = result(cast), StoredFile.save
+
+    def interrupted(self: StoredFile, **options: Any) -> None:
+        save(self, **options)
+        raise OperationalError("server closed the connection unexpectedly")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredFile, "save", interrupted)
+        with pytest.raises(OperationalError):
+            write(row, b"{}")
+    with files.open_bytes(StoredFile.objects.get(pk=row.pk)) as file:
+        assert file.read() == b"{}"
+
+
+def test_a_second_feeder_that_writes_the_same_results_harms_nothing(transactional_db: None, cast: Any) -> None:
+    write(result(cast), b"{}")
+    with pytest.raises(IntegrityError):
+        write(result(cast), b"{}")
+    with files.open_bytes(StoredFile.objects.get()) as file:
+        assert file.read() == b"{}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from queue import Empty
 from typing import Any
 
 import pytest
 import redis
 from celery.worker.consumer import Consumer
+from kombu import Connection
 from kombu.transport import redis as transport
+from kombu.utils import functional
 
 from inference.transport.broker_guard import GuardedChannel, GuardedConsumer
+from llmsite.celery import app
 
 pytestmark = pytest.mark.unit
 
@@ -82,3 +86,22 @@ def test_nothing_is_acknowledged_or_given_back(monkeypatch: pytest.MonkeyPatch) 
     made.basic_ack("tag")
     made.basic_reject("tag", requeue=True)
     assert seen == [True]
+
+
+def test_a_broker_that_was_away_for_minutes_is_found_again_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, attempts = [0.0], list[float]()
+
+    def connect(self: Any) -> str:
+        attempts.append(clock[0])
+        if len(attempts) < 30:
+            raise ConnectionRefusedError("away")
+        return "connected"
+
+    monkeypatch.setattr(Connection, "_connection_factory", connect)
+    monkeypatch.setattr(functional, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    consumer = object.__new__(GuardedConsumer)
+    consumer.app, consumer.first_connection_attempt = app, False
+    consumer.broker_connection_retry_attempt = 0
+    consumer.connection_for_read()
+    assert len(attempts) == 30
+    assert max(after - before for before, after in pairwise(attempts)) <= 2

@@ -133,6 +133,15 @@ def test_the_least_recently_used_make_room(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("body", ['{"output":"text","thoughts":"a field of a later version"}', "garbage", "[1]"])
+def test_what_another_version_has_kept_is_a_miss(cache: CompletionCache, valkey: Any, body: str) -> None:
+    """Web processes are upgraded one by one."""
+    cache.put(key(), KEPT)
+    valkey.set(f"completion:{key()}", body)
+    assert cache.get(key(), model_id="m") is None
+
+
+@pytest.mark.integration
 def test_a_cache_that_fails_is_a_miss() -> None:
     nowhere = CompletionCache(redis.Redis(unix_socket_path="/nonexistent"), 60)
     assert nowhere.get(key(), model_id="m") is None

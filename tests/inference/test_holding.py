@@ -58,6 +58,16 @@ def test_a_reader_whose_joining_is_sent_again_counts_once(queue: TicketQueue, mo
     assert queue.client.hget(f"ticket:{request_id}", "readers") == b"3"
 
 
+def test_a_reader_whose_leaving_is_sent_again_counts_once(queue: TicketQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the client of Redis does where the connection broke before the reply: the other reader is still there."""
+    request_id, leave = put(queue), queue._leave
+    assert queue.join(request_id, "one")
+    monkeypatch.setattr(queue, "_leave", lambda **call: leave(**call) and leave(**call))
+    assert queue.leave(request_id, "one") == ("kept", None)
+    assert queue.client.hget(f"ticket:{request_id}", "readers") == b"1"
+    assert cancels(queue) == set()
+
+
 def test_nobody_leaves_twice(queue: TicketQueue) -> None:
     request_id = put(queue)
     queue.join(request_id, "two")

@@ -414,6 +414,33 @@ def test_signing_off_leaves_the_rest_to_the_sweep(queue: TicketQueue) -> None:
 # Nothing is left behind
 
 
+def test_bells_that_nobody_answers_do_not_pile_up(queue: TicketQueue, valkey: Any, settings: Any) -> None:
+    """Each request rings once, for as long as its pool has no worker, and for hours where one has hung."""
+    bells = settings.CONFIG.broker_options["global_keyprefix"] + "default"
+    queue.put(ticket())
+    queue.beat("w1", "default", 4, {})
+    valkey.lpush(bells, *range(1500))
+    queue.sweep()
+    assert valkey.llen(bells) == 1000
+    queue.sign_off("w1", "default")
+    queue.sweep()
+    assert not valkey.exists(bells)
+    valkey.set(bells, "garbage")
+    queue.beat("w1", "default", 4, {})
+    queue.sweep()  # nor does what somebody else has written there end the sweep
+
+
+def test_the_lists_of_who_runs_what_end_where_the_site_stood_still(queue: TicketQueue, valkey: Any) -> None:
+    """The hash of a ticket runs out while nobody sweeps; nothing else would ever take its id out of these."""
+    queue.put(ticket())
+    assert 0 < valkey.ttl("of:tenant:1") <= valkey.ttl("of:key:1")
+    longest = valkey.ttl("of:key:1")
+    assert longest >= valkey.ttl("queued:1") > 0
+    now = time.time()
+    queue.put(ticket(created_at=now, queue_deadline_at=now + 1, deadline_at=now + 1))
+    assert valkey.ttl("of:tenant:1") >= longest - 2, "the longest counts"
+
+
 def test_an_ended_request_leaves_only_its_stream_and_state_both_with_an_end(queue: TicketQueue, valkey: Any) -> None:
     sent = ticket()
     queue.put(sent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -23,6 +24,7 @@ from inference.upkeep import reaper
 from inference.upkeep.reaper import Reaper, cancel, leave
 from inference.worker import worker
 from tests.inference.flow import admitted, finish, principal_of, register, wait_for
+from tests.timing import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db(transaction=True)]
 
@@ -40,21 +42,25 @@ def alice(cast: Any) -> Any:
     return principal_of(cast.alice)
 
 
-def test_the_thread_outlives_redis_and_the_database(alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any) -> None:
+@pytest.mark.parametrize("name", ["end_unserved", "settle"])
+def test_its_threads_outlive_redis_and_the_database(
+    alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any, name: str
+) -> None:
     errors: list[Exception] = [redis.ConnectionError("away"), OperationalError("locked"), ValueError("a defect")]
-    sweep = Reaper.sweep
+    round_of_work = getattr(Reaper, name)
 
-    def failing(self: Reaper, now: float | None = None) -> int:
+    def failing(self: Reaper) -> Any:
         if errors:
             raise errors.pop()
-        return sweep(self, now)
+        return round_of_work(self)
 
-    monkeypatch.setattr(Reaper, "sweep", failing)
+    monkeypatch.setattr(Reaper, name, failing)
     sent = admitted(alice).ticket
     valkey.zadd("waiting:default", {sent.request_id: 1})
     made = Reaper(ticket_queue(), every_seconds=0.01)
     made.start()
     assert finish(valkey, sent.request_id)["error"] == "queue_timeout"
+    wait_for(lambda: Reservation.objects.get().state == "released")
     made.stop()
     assert errors == []
 
@@ -108,6 +114,31 @@ def test_what_ended_in_a_long_outage_is_charged_though_its_reservation_ran_out(
     assert QuotaPeriod.objects.get(key=None).used_tokens == 48
     settlement.settle_pending(valkey)
     assert QuotaPeriod.objects.get(key=None).used_tokens == 60
+
+
+def test_requests_are_ended_while_the_database_hangs(alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any) -> None:
+    ended, waiting = admitted(alice).ticket, admitted(alice).ticket
+    hangs, gate = threading.Event(), threading.Event()
+
+    def hanging(_: Any) -> list[bool]:
+        hangs.set()
+        gate.wait(PATIENCE_SECONDS)
+        raise OperationalError("away")
+
+    monkeypatch.setattr(settlement, "settle_many", hanging)
+    end(ended, valkey, time.time() - 600)
+    made = Reaper(ticket_queue(), every_seconds=0.01)
+    made.start()
+    try:
+        assert hangs.wait(PATIENCE_SECONDS)
+        valkey.zadd("waiting:default", {waiting.request_id: 1})
+        assert finish(valkey, waiting.request_id, PATIENCE_SECONDS / 2)["error"] == "queue_timeout"
+    finally:
+        gate.set()
+        made.stop()
+    monkeypatch.undo()
+    Reaper(ticket_queue()).sweep()
+    assert set(Reservation.objects.values_list("state", flat=True)) == {"settled", "released"}
 
 
 def test_the_receipt_of_what_could_not_be_charged_any_more_says_so(alice: Any, valkey: Any) -> None:
@@ -244,3 +275,23 @@ def test_a_doorbell_is_one_message_on_the_queue_of_its_pool(
     queue = f"{settings.CELERY_BROKER_TRANSPORT_OPTIONS['global_keyprefix']}quiet"
     assert wait_for(lambda: valkey.llen(queue)) == 1
     assert time.time() > 0
+
+
+def test_who_leaves_while_redis_is_away_has_left_when_it_is_back(
+    alice: Any, monkeypatch: pytest.MonkeyPatch, valkey: Any
+) -> None:
+    queue = ticket_queue()
+    sent = admitted(alice).ticket
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "_leave", away)
+        leave(sent.request_id, "web")
+        with pytest.raises(redis.ConnectionError):
+            Reaper(queue).sweep()
+    assert queue.num_waiting("default") == 1
+    Reaper(queue).sweep()
+    assert finish(valkey, sent.request_id)["reason"] == "cancelled"
+    assert Reservation.objects.get().state == "released"

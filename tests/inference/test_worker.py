@@ -35,6 +35,7 @@ from tests.inference.flow import (
     principal_of,
     register,
     text_of,
+    ticket,
     wait_for,
     worker,
 )
@@ -343,6 +344,16 @@ def test_a_worker_whose_bell_nobody_answers_ends(
         assert stuck.wait(PATIENCE_SECONDS)
 
 
+def test_a_worker_that_takes_no_lines_of_batches_ends_too(
+    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
+    stuck = threading.Event()
+    with worker(valkey, on_stuck=stuck.set, num_threads=1):
+        ticket_queue().put(ticket(model_id=ServedModel.objects.get().pk, is_batch=True))
+        assert stuck.wait(PATIENCE_SECONDS / 3)
+
+
 def test_a_worker_whose_threads_all_serve_is_not_stuck_though_slots_are_free(
     alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +365,106 @@ def test_a_worker_whose_threads_all_serve_is_not_stuck_though_slots_are_free(
         assert not stuck.wait(0.5)
         for sent in (first, second):
             assert finish(valkey, sent.request_id)["reason"] == "length"
+
+
+def test_a_worker_that_still_loads_models_is_not_stuck_though_one_is_ready(
+    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery's consumer begins when all of them are loaded: until then nobody can answer a bell."""
+    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
+    register("vast", is_default=False, digest="e" * 64)
+    stuck, gate = threading.Event(), threading.Event()
+
+    def load(served: Any) -> FakeBackend:
+        if served.name == "vast":
+            gate.wait(PATIENCE_SECONDS)
+        return FakeBackend(served.n_slots, served.n_ctx)
+
+    host = worker_module.WorkerHost("default", client=valkey, load=load, on_stuck=stuck.set, num_threads=4)
+    starting = threading.Thread(target=host.start, daemon=True)
+    starting.start()
+    try:
+        wait_for(lambda: host.num_slots)
+        admitted(alice)
+        wait_for(lambda: any(found.number for found in host._keeper.waiting.values()))
+        assert not stuck.wait(0.5)
+        gate.set()
+        starting.join(PATIENCE_SECONDS)
+        assert stuck.wait(PATIENCE_SECONDS)
+    finally:
+        gate.set()
+        starting.join(PATIENCE_SECONDS)
+        host.stop(0.0, 5.0)
+
+
+def test_a_worker_whose_clock_is_wrong_serves_all_the_same(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hours in (2, -2):
+        wrong = SimpleNamespace(
+            time=lambda ahead=hours * 3600: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
+        )
+        with monkeypatch.context() as patched:
+            patched.setattr(worker_module, "time", wrong)
+            with worker(valkey, threads=1):
+                last = finish(valkey, admitted(alice).ticket.request_id)
+        assert (last["reason"], last["error"]) == ("length", None)
+
+
+def test_garbage_on_its_channels_leaves_a_worker_that_hears(
+    alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker(valkey, threads=1, load=fake_load(0.02)) as host:
+        sent = admitted(alice, max_tokens=200, stream=True).ticket
+        wait_for(lambda: text_of(events(valkey, sent.request_id)))
+        monkeypatch.setattr(worker_module, "BEAT_SECONDS", 3600.0)  # which would bring the cancel, too
+        host._has_news.set()
+        wait_for(lambda: not host._has_news.is_set())
+        order = b'{"action":"save","model_id":1,"tenant_id":1,"wait_seconds":"long"}'
+        for channel, garbage in (("cancel", b"\xff\xfe"), ("slot-actions", order), ("model-orders", b"[1]")):
+            assert valkey.publish(f"{channel}:{host.worker_id}", garbage) == 1
+        assert cancel(sent.request_id) == "running"
+        assert finish(valkey, sent.request_id)["reason"] == "cancelled"
+        host._has_news.set()
+
+
+def test_a_model_that_is_loaded_serves_while_others_still_load(
+    alice: Any, valkey: Any, bell: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("vast", is_default=False, digest="e" * 64)
+    gate, hosts = threading.Event(), list[worker_module.WorkerHost]()
+
+    def load(served: Any) -> FakeBackend:
+        if served.name == "vast":
+            gate.wait(PATIENCE_SECONDS)
+        return FakeBackend(served.n_slots, served.n_ctx)
+
+    def hosted_here(pool: str, **options: Any) -> worker_module.WorkerHost:
+        hosts.append(made(pool, load=load, **options))
+        return hosts[0]
+
+    made = worker_module.WorkerHost
+    monkeypatch.setattr(worker_module, "WorkerHost", hosted_here)
+    monkeypatch.setattr(worker_module, "Stopper", lambda *_: SimpleNamespace(start=lambda: None, ask=lambda **_: None))
+    monkeypatch.setattr(worker_module, "_pool_of", lambda _: "default")
+    monkeypatch.setattr(worker_module, "_host", None)
+    sent = admitted(alice).ticket
+    starting = threading.Thread(
+        target=worker_module.HostStep.start, args=[SimpleNamespace(), SimpleNamespace(concurrency=4)], daemon=True
+    )
+    bell.clear()
+    starting.start()
+    try:
+        starting.join(PATIENCE_SECONDS / 3)
+        assert not starting.is_alive(), "Celery's consumer would begin with the last of them"
+        wait_for(lambda: bell)
+        hosts[0].serve()
+        assert finish(valkey, sent.request_id)["reason"] == "length"
+        assert not gate.is_set()
+    finally:
+        gate.set()
+        starting.join(PATIENCE_SECONDS)
+        hosts[0].stop(0.0, 5.0)
 
 
 def test_the_heart_beats_while_a_question_for_tickets_hangs(

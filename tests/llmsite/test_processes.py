@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -21,7 +22,7 @@ from llmsite.processes import lifeline, probe, valkey
 from llmsite.processes.child import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Child, ChildPlan, pause_before
 from llmsite.processes.console import LONGEST_LINE_BYTES, Console, Lines
 from llmsite.processes.curl import demo_curl_line
-from llmsite.processes.supervisor import describe
+from llmsite.processes.supervisor import Supervisor, describe
 from tests.conftest import REPOSITORY, VALKEY, free_port
 from tests.llmsite.test_supervisor import is_alive, wait_until
 
@@ -61,7 +62,51 @@ def test_output_that_nobody_reads_is_dropped() -> None:
         out.close()
 
 
+def test_a_terminal_that_is_not_utf_8_ends_nothing() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(out)
+    console.relay("worker", "caf\u00e9 \ufffd")
+    console.say("\u2192")
+    assert out.buffer.getvalue() == b"worker | caf\\xe9 \\ufffd\n\\u2192\n"  # type: ignore[attr-defined]
+    assert not console.is_gone
+
+
 # Children
+
+
+def supervisor_of(tmp_path: Path) -> tuple[Supervisor, io.StringIO]:
+    out = io.StringIO()
+    return Supervisor(Config(state_dir=tmp_path), Console(out), is_demo=False), out
+
+
+def test_a_child_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without memory or process numbers for a moment: the others go on."""
+    supervisor, out = supervisor_of(tmp_path)
+    child = Child(plan_for("import time; time.sleep(60)", tmp_path))
+    supervisor.children.append(child)
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lifeline, "spawn", no_memory)
+        supervisor._turn(0.0)
+    assert "web cannot be started (Cannot allocate memory); trying again in 0.2 s." in out.getvalue()
+    assert child.next_start_at > time.monotonic()
+    assert child.failures == 1
+    wait_until(lambda: supervisor._turn(0.01) or child.is_running)
+    child.kill()
+    wait_until(lambda: child.reap(time.monotonic()) is not None)
+
+
+def test_a_supervisor_that_stops_waits_for_the_rest_without_haste(tmp_path: Path) -> None:
+    """The processor is for the worker, which has answers to finish."""
+    supervisor, _ = supervisor_of(tmp_path)
+    supervisor.children.append(Child(plan_for("", tmp_path)))  # it has ended, and would be due if this were no stop
+    supervisor.is_stopping = True
+    started = time.monotonic()
+    supervisor._turn(0.1)
+    assert time.monotonic() - started > 0.09
 
 
 def plan_for(script: str, tmp_path: Path, **more: Any) -> ChildPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_postgresql_is_pooled_and_bounded() -> None:
     assert options["OPTIONS"]["sslmode"] == "require"
     assert options["OPTIONS"]["pool"]["timeout"] == 3
     assert "lock_timeout=2s" in options["OPTIONS"]["options"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a socket waits for")
+def test_a_postgresql_whose_machine_is_gone_holds_threads_for_seconds() -> None:
+    """Without a word from it, Linux alone would go on for a quarter of an hour."""
+    from psycopg import conninfo, pq
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found = settings_module._database(f"postgres://a:b@127.0.0.1:{listener.getsockname()[1]}/name")
+        options = {name: value for name, value in found["OPTIONS"].items() if name != "pool"}
+        where = conninfo.make_conninfo(host=found["HOST"], port=found["PORT"], dbname=found["NAME"], **options)
+        connection = pq.PGconn.connect_start(where.encode())
+        with socket.socket(fileno=os.dup(connection.socket)) as link:
+            assert 0 < link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 15_000
+            names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            idle, interval, number = (link.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+            assert idle + interval * number <= 15
+        connection.finish()
 
 
 def test_clearing_the_cache_does_not_flush_what_waits(valkey: Any) -> None:

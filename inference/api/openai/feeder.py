@@ -14,11 +14,12 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from typing import IO, Any, TypeVar
 
 import orjson
@@ -293,7 +294,7 @@ class Feeder:
         if batch.status not in (Status.FINALIZING, Status.CANCELLING):
             return
         plan.ending.add(batch.id)
-        plan.withdrawn += [fed for fed in held if _withdraw(fed)]
+        plan.withdrawn += [fed for fed in held if _withdraw(fed, "batch ended")]
         if batch.id not in self._asked_again:
             self._asked_again.add(batch.id)
             self._ask_again(batch, held, plan)
@@ -315,18 +316,22 @@ class Feeder:
         plan.orders += [(order, _terms(batch, principal, only_begun=True)) for order in orders]
 
     def _share_out(self, feeding: list[Batch], in_hand: dict[str, list[Fed]], plan: Plan, now: datetime) -> None:
-        """The free places among the batches, each time beginning with another."""
+        """The free places among the batches, each time beginning with another; those that have fewest come first."""
         free = settings.CONFIG.batch_lines_at_once - sum(map(len, in_hand.values())) - len(plan.orders)
+        if free <= 0:
+            self._make_places(feeding, in_hand, plan)
+            return
         self._turn += 1
-        for place in range(len(feeding)):
+        in_turn = [feeding[(place + self._turn) % len(feeding)] for place in range(len(feeding))]
+        for place, batch in enumerate(sorted(in_turn, key=lambda each: len(in_hand.get(each.id, [])))):
             if free <= 0:
                 return
-            batch = feeding[(place + self._turn) % len(feeding)]
-            share = -(-free // (len(feeding) - place))
+            held = [fed.order.number for fed in in_hand.get(batch.id, [])]
+            share = min(free, max(-(-free // (len(feeding) - place)), _share(feeding) - len(held)))
             principal = _principal(batch, now)
             if principal is None:
                 continue
-            rows = book.waiting(batch, share, [fed.order.number for fed in in_hand.get(batch.id, [])])
+            rows = book.waiting(batch, share, held)
             try:
                 orders = _orders(batch, rows)
             except Refusal as refusal:
@@ -334,6 +339,20 @@ class Feeder:
                 continue
             plan.orders += [(order, _terms(batch, principal)) for order in orders]
             free -= len(orders)
+
+    def _make_places(self, feeding: list[Batch], in_hand: dict[str, list[Fed]], plan: Plan) -> None:
+        """For batches that have nothing in hand, from those that hold more than their share: lines that no worker has
+        seen. Where nobody serves their model they would keep everybody else waiting until their batch expires."""
+        share = _share(feeding)
+        too_many = sum(max(0, len(in_hand.get(batch.id, [])) - share) for batch in feeding)
+        without = (batch for batch in feeding if not in_hand.get(batch.id) and book.waiting(batch, 1))
+        missing = share * sum(1 for _ in islice(without, -(-too_many // share)))  # of no more than could get one
+        for batch in sorted(feeding, key=lambda each: -len(in_hand.get(each.id, []))):
+            held = sorted(in_hand.get(batch.id, []), key=lambda fed: -fed.order.number)
+            idle = (fed for fed in held if _is_idle(fed) and _withdraw(fed, "another batch's turn"))
+            withdrawn = list(islice(idle, min(missing, max(0, len(held) - share))))
+            missing -= len(withdrawn)
+            plan.withdrawn += withdrawn
 
     def _keep_house(self, now: datetime) -> None:
         moment = time.monotonic()
@@ -445,11 +464,22 @@ def _order(batch: Batch, row: BatchLine, file: IO[bytes]) -> Order:
     return Order(batch.id, row.number, row.custom_id, batch.endpoint, body)
 
 
-def _withdraw(fed: Fed) -> bool:
+def _share(feeding: Sequence[Batch]) -> int:
+    """Of the places for lines, those of one batch among these."""
+    return max(1, settings.CONFIG.batch_lines_at_once // max(1, len(feeding)))
+
+
+def _is_idle(fed: Fed) -> bool:
+    """All that it has begun waits; a line of several answers may be half done."""
+    states = [ticket_queue().state(request_id) for request_id in fed.terms.request_ids]
+    return bool(states) and all(found is not None and found.state == "waiting" for found in states)
+
+
+def _withdraw(fed: Fed, why: str) -> bool:
     """Take back what no worker has seen; False where something of the line runs or has ended."""
     taken = [request_id for request_id in fed.terms.request_ids if ticket_queue().discard(request_id)]
     for request_id in taken:
-        quotas.release(request_id, "batch ended", timezone.now())
+        quotas.release(request_id, why, timezone.now())
     return bool(taken) and len(taken) == len(fed.terms.request_ids)
 
 

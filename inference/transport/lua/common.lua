@@ -18,7 +18,7 @@
 --   settling                          a process settles what others have left
 --   of:key:<key>, of:tenant:<tenant>  ids that are not done
 --   web:<id>, webs                    heartbeats of web processes   held:<web>            id -> its readers there
---   reader:<id>                       one that was counted a moment ago
+--   reader:<id>, left:<id>            one that was counted a moment ago, as it came and as it went
 --   orphans                           ids that nobody reads, by the time at which they are cancelled
 --   heard, doubted                    when somebody was last heard; there while heartbeats mean nothing
 -- Of a ticket: readers (in all web processes), patience (seconds without a reader, below 0 for ever), keep (seconds

@@ -43,5 +43,11 @@ if ARGV[11] == '1' then
 end
 redis.call('SADD', 'of:key:' .. ARGV[5], id)
 redis.call('SADD', 'of:tenant:' .. tenant, id)
+-- A ticket that runs out while nobody sweeps stays in these: they end with the last of theirs.
+for _, name in ipairs({'of:key:' .. ARGV[5], 'of:tenant:' .. tenant, queued.tenant, queued.key}) do
+  if redis.call('TTL', name) < tonumber(ARGV[7]) then
+    redis.call('EXPIRE', name, ARGV[7])
+  end
+end
 redis.call('SADD', 'pools', pool)
 return ''

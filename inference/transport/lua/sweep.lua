@@ -2,6 +2,7 @@
 -- claims whose claimer died. Cancel what nobody reads any more. Two sweepers never claim the same.
 -- ARGV: most to claim, seconds after which a claim counts as dropped, milliseconds between two rings of a pool.
 -- Returns {claims, rings}: claims are {id, why, header, token}; rings are {pool, number} of doorbells that seem lost.
+local MOST_BELLS = 1000
 local now, most = time(), tonumber(ARGV[1])
 local claims, rings = {}, {}
 local can_write, is_trusted = pcall(hear) -- a full server still ends what needs no memory
@@ -84,6 +85,14 @@ for _, pool in ipairs(redis.call('SMEMBERS', 'pools')) do
     if redis.call('SISMEMBER', 'workers', worker) == 0 then
       redis.call('HDEL', 'slots:' .. pool, worker)
     end
+  end
+  -- Celery's messages (its prefix is in llmsite/config.py) are all alike: a few are as good as many. Where no worker
+  -- lives nobody takes them, and one that starts rings for itself.
+  local bells = 'llmsite:' .. pool
+  if redis.call('EXISTS', 'slots:' .. pool) == 1 then
+    redis.pcall('LTRIM', bells, 0, MOST_BELLS - 1)
+  else
+    redis.call('DEL', bells)
   end
   -- Who neither waits nor is ahead of the clock would be put level with it: there is nothing to remember.
   for _, tenant in ipairs(redis.call('ZRANGE', 'had:' .. pool, '-inf', text(clock(pool)), 'BYSCORE', 'LIMIT', 0, most)) do

@@ -529,6 +529,31 @@ def test_interactive_requests_go_before_lines_that_wait(slow: InProcessSite, ali
     ended(alice, batch_id)
 
 
+def test_a_batch_that_nobody_serves_leaves_room_for_others(
+    site: InProcessSite, alice: openai.OpenAI, settings: Any
+) -> None:
+    """Its lines would hold all places until it expires: their model's pool has no worker."""
+    from inference.catalog import registry
+    from inference.models import ServedModel
+    from inference.transport.queue import batch_queue, ticket_queue
+
+    settings.CONFIG = settings.CONFIG.model_copy(update={"batch_lines_at_once": 4})
+    model = ServedModel.objects.get(name=MODEL)
+    model.pk, model.name, model.pool, model.is_default, model.aliases = None, "far", "far", False, []
+    model.save()
+    registry.forget()
+    far = start(alice, [chat_line(str(number), model="far") for number in range(8)])
+    wait_until(lambda: ticket_queue().num_waiting(batch_queue("far")) == 4)
+    with sdk(site.base_url, site.cast.bob.text) as bob:
+        batch = run(bob, [chat_line(str(number)) for number in range(20)])
+        assert (batch.status, counts(batch)) == ("completed", (20, 20, 0))
+    wait_until(lambda: ticket_queue().num_waiting(batch_queue("far")) == 4)
+    assert counts(alice.batches.retrieve(far)) == (8, 0, 0)
+    alice.batches.cancel(far)
+    assert ended(alice, far).status == "cancelled"
+    assert site.charged(site.cast.alice) == (0, 0)
+
+
 def test_an_upload_that_breaks_off_leaves_nothing(site: InProcessSite) -> None:
     import socket
 
