@@ -467,6 +467,34 @@ def test_an_owner_is_an_owner_of_one_tenant_only(house: House) -> None:
     assert house.cast.bob.tenant.api_keys.count() == 1
 
 
+def test_an_auditor_who_owns_a_tenant_changes_that_tenant_alone(house: House) -> None:
+    """They see every tenant's keys, and those of operators; what they do is what an owner of Alice's does."""
+    auditor, client = house.people["auditor"], house.client("auditor")
+    Membership.objects.create(tenant=house.cast.alice.tenant, user=auditor, role="owner")
+    keys, listed = [house.cast.bob.key, house.cast.operator.key], page("accounts.apikey", "changelist")
+    for key in keys:
+        for action in ("revoke", "rotate_now"):
+            answer = client.post(listed, {"action": action, "_selected_action": [key.pk], "previewed": "yes"})
+            assert not re.search(r"llms_[0-9A-Za-z]{12}_[0-9A-Za-z]{38}", answer.content.decode())
+        key.refresh_from_db()
+        assert key.revoked_at is None and not key.successors.exists()
+    strangers = [house.bobs["accounts.membership"].pk]
+    data = {"action": "delete_selected", "_selected_action": strangers, "post": "yes"}
+    client.post(page("accounts.membership", "changelist"), data)
+    assert Membership.objects.filter(pk__in=strangers).exists()
+    for form in (key_form(house.cast.bob.tenant), key_form(house.cast.alice.tenant, scopes=["operator"])):
+        before = APIKey.objects.count()
+        client.post(page("accounts.apikey", "add"), form)
+        assert APIKey.objects.count() == before
+    client.post(page("accounts.apikey", "add"), key_form(house.cast.alice.tenant))
+    assert house.cast.alice.tenant.api_keys.count() == 2
+    own = house.cast.alice.key
+    client.post(listed, {"action": "revoke", "_selected_action": [own.pk, keys[0].pk], "previewed": "yes"})
+    own.refresh_from_db()
+    keys[0].refresh_from_db()
+    assert own.revoked_at is not None and keys[0].revoked_at is None
+
+
 def test_an_owner_makes_nobody_more_than_an_owner_and_moves_nobody_to_bob(house: House) -> None:
     row = house.alices["accounts.membership"]
     client = house.client("owner")
