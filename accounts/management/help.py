@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
-OK, FAILED, DIFFERS, USAGE = 0, 1, 2, 64
-"""Exit statuses. USAGE is sysexits.h's EX_USAGE, so that a typing error never looks like a difference."""
+OK, FAILED, DIFFERS, USAGE, INTERRUPTED = 0, 1, 2, 64, 130
+"""Exit statuses. USAGE is sysexits.h's EX_USAGE, so that a typing error never looks like a difference; INTERRUPTED is
+what shells have for Ctrl-C."""
 STATUSES: Mapping[int, str] = {
     OK: "done",
     FAILED: "refused or failed; standard error says why",
     USAGE: "words that were not understood",
+    INTERRUPTED: "interrupted",
 }
 
 

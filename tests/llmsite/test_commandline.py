@@ -48,6 +48,15 @@ def test_words_that_are_not_understood_have_a_status_of_their_own(tmp_path: Path
             check=False,
         )
         assert done.returncode == USAGE, done.stderr
+        assert not done.stdout
+
+
+def test_words_that_are_not_understood_are_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        type(COMMANDS["models"])().run_from_argv(["manage.py", "models", "--json", "--no-such-option"])
+    said = capsys.readouterr()
+    assert end.value.code == USAGE and "--no-such-option" in said.err
+    assert json.loads(said.out)["error"]["code"] == "usage"
 
 
 def test_the_document_lists_every_command_as_it_is() -> None:

@@ -23,7 +23,9 @@ def hours(text: str) -> tuple[time, time]:
     try:
         start, end = (time.fromisoformat(part) for part in text.split("-"))
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a stretch of the day such as 22:00-06:00") from None
+        start = end = None
+    if start is None or end is None or start.tzinfo or end.tzinfo:
+        raise ArgumentTypeError(f"{text!r} is not a stretch of the day such as 22:00-06:00, in UTC")
     return start, end
 
 

@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-from django.core.management.base import CommandError, CommandParser
+from django.core.management.base import CommandParser
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from accounts.management.base import HouseCommand
+from accounts.management.help import INTERRUPTED
 from inference.gguf.parts import place_among
 from inference.imports import desk, importer, quarantine
 from inference.imports.addresses import file_name
 from inference.imports.importer import Watch
 from inference.imports.models import ModelImport
 from inference.management.naming import model_named
-from inference.management.steps import INTERRUPTED, interruptible
+from inference.management.steps import interruptible
 from inference.models import ServedModel
 from inference.vetting.inspection import RegistrationError
 
@@ -63,9 +64,9 @@ class Command(HouseCommand):
                     self._bring(row)
             except RegistrationError as error:
                 self.fail(error.code, error.message, fields=dict(error.fields))
-            except KeyboardInterrupt as error:
+            except KeyboardInterrupt:
                 text = "Stopped; what has come is kept. The same command goes on with it."
-                raise CommandError(text, returncode=INTERRUPTED) from error
+                self.fail("interrupted", text, status=INTERRUPTED)
         if row.state == State.REFUSED:
             self.fail(row.problem_code, row.problem)
         if row.state == State.CANCELLED:
