@@ -3,12 +3,14 @@
 (() => {
   const EVERY_SECONDS = 1;
   const MOST_TRIES = 5;
+  class SignedOut extends Error {}
   const sleep = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
 
   // The state of it, as the server words it. It replaces the element; null where it cannot be had.
   async function refreshed(box) {
     const answer = await fetch(box.dataset.state, { headers: { "X-Requested-With": "fetch" } });
-    if (answer.redirected || !answer.ok) return null;
+    if (answer.redirected) throw new SignedOut();
+    if (!answer.ok) return null;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const fresh = page.body.firstElementChild;
     box.replaceWith(fresh);
@@ -24,8 +26,9 @@
         if (!fresh) return;
         if (!("open" in fresh.dataset)) return location.reload(); // what else the page says has changed with it
         box = fresh;
-      } catch { // the site is away for a moment
-        await sleep(EVERY_SECONDS);
+      } catch (error) {
+        if (error instanceof SignedOut) return location.reload(); // to the sign-in, and back here
+        await sleep(EVERY_SECONDS); // the site is away for a moment
       }
     }
   }
@@ -60,7 +63,10 @@
     const isSame = localStorage.getItem(name) === mark;
     localStorage.setItem(name, mark);
     const box = document.querySelector("[data-state]");
-    const fresh = box && (await refreshed(box));
+    const fresh = box && (await refreshed(box).catch((error) => {
+      if (!(error instanceof SignedOut)) throw error;
+      return null; // the page's token is good for hours: the file comes from its beginning
+    }));
     const received = fresh ? Number(fresh.dataset.received) : 0;
     return isSame && received < file.size ? received : 0;
   }
