@@ -124,9 +124,12 @@ class AllowedField(forms.CharField):
         if not text.startswith("["):
             return [name for name in (part.strip() for part in text.split(",")) if name] or None
         try:
-            return json.loads(text)
-        except ValueError as error:
-            raise forms.ValidationError(f"Write names with commas between them, such as {self.example}.") from error
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            raise forms.ValidationError(f"Write names with commas between them, such as {self.example}.")
+        return found
 
     def has_changed(self, initial: Any, data: Any) -> bool:
         return bool(initial != self.to_python(data))

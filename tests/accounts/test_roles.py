@@ -23,6 +23,7 @@ from accounts.identity import issuing, roles
 from accounts.ledger import quotas
 from accounts.models import (
     APIKey,
+    DayUsage,
     LimitRule,
     Membership,
     Plan,
@@ -88,7 +89,7 @@ def rows_of(who: Customer, model: ServedModel, name: str) -> dict[str, Model]:
         expires_at=NOW + timedelta(days=1),
     )
     user = User.objects.create(username=f"{name}-person", password=hashed_password())
-    from accounts.models import DayUsage, LedgerEntry, Reservation
+    from accounts.models import LedgerEntry, Reservation
 
     found: dict[str, Model] = {
         "accounts.tenant": who.tenant,
@@ -432,6 +433,8 @@ def test_a_key_is_issued_by_owners_and_members_in_their_tenant_alone(house: Hous
         {"scopes": ["generate", "operator"]},
         {"limits": {"monthly_tokens": "10000001"}},
         {"allowed_models": '["small", "secret"]'},
+        {"allowed_models": '[{"name": "small"}]'},
+        {"allowed_adapters": "[" * 5000},
     ],
 )
 def test_a_key_has_no_more_than_its_tenant(house: House, beyond: dict[str, Any]) -> None:
@@ -583,3 +586,34 @@ def test_every_operator_route_wants_the_operators_scope(house: House, client: Cl
                 assert status not in (401, 403, 500), f"{method} {route}: {status}"
             else:
                 assert status in (403, 405), f"{method} {route}: {status}"
+
+
+# What lists say
+
+
+def test_the_list_of_users_says_what_each_may_do(house: House) -> None:
+    Membership.objects.create(tenant=house.cast.bob.tenant, user=house.people["owner"], role="viewer")
+    text = house.client("superuser").get(page("auth.user", "changelist")).content.decode()
+    for words in ("Superuser", "Operator", "Auditor", "Owner of Alice", "Viewer of Bob"):
+        assert words in text, words
+
+
+def test_an_empty_list_says_whether_something_is_left_out(house: House) -> None:
+    client, listed = house.client("superuser"), page("accounts.price", "changelist")
+    assert "Show all" not in client.get(listed).content.decode()
+    sought = client.get(listed, {"q": "no such model"}).content.decode()
+    assert "None of the prices is as the search and the filters want it." in sought and "Show all" in sought
+    Price.objects.all().delete()
+    empty = client.get(listed).content.decode()
+    assert "Nothing is here yet" in empty and "Add price" in empty and "filters want it" not in empty
+
+
+@pytest.mark.parametrize("number", ["99", "x", "0"])
+def test_a_page_of_the_search_that_is_not_there_is_not_found(house: House, number: str) -> None:
+    assert house.client("superuser").get(reverse("admin:search"), {"s": "key", "page": number}).status_code == 404
+
+
+def test_amounts_have_their_currency_and_large_numbers_are_grouped(house: House) -> None:
+    DayUsage.objects.update(used_tokens=1_234_567, requests=7_654)
+    text = house.client("superuser").get(page("accounts.dayusage", "changelist")).content.decode()
+    assert "1,234,567" in text and "7,654" in text and " USD" in text

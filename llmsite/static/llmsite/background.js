@@ -71,6 +71,12 @@
     return isSame && received < file.size ? received : 0;
   }
 
+  // Whether another try may find it otherwise: for a while the server still holds what came by a connection that broke.
+  function mayPass({ status }) {
+    const box = document.querySelector("[data-state]");
+    return status === 0 || status === 408 || status >= 500 || (status === 409 && box !== null && "open" in box.dataset);
+  }
+
   async function uploadFile(upload) {
     const file = upload.querySelector("input[type=file]").files[0];
     const [button, bar, words] = ["button", "progress", "[role=status]"].map((each) => upload.querySelector(each));
@@ -81,6 +87,7 @@
       bar.value = (100 * sent) / file.size;
       words.textContent = `${Math.floor((100 * sent) / file.size)} %`;
     };
+    let told = "";
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       let answer = { status: 0, text: "" };
       try {
@@ -88,15 +95,12 @@
       } catch { // the site is away: as when the connection breaks
       }
       if (answer.status === 200) return location.reload();
-      if (answer.status !== 0 && answer.status < 500) {
-        words.textContent = wordsOf(answer);
-        button.disabled = false;
-        return;
-      }
+      told = answer.status === 0 ? "The connection broke. Upload it again to go on after what is there." : wordsOf(answer);
+      if (!mayPass(answer)) break;
       words.textContent = "The connection broke; it goes on in a moment.";
       await sleep(2 ** tries);
     }
-    words.textContent = "The connection broke. Upload it again to go on after what is there.";
+    words.textContent = told;
     button.disabled = false;
   }
 
