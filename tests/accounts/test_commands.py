@@ -230,3 +230,18 @@ def test_times_that_no_calendar_has_are_not_understood(cast: Cast) -> None:
     ):
         with pytest.raises(CommandError, match="is not a"):
             said(*words)
+
+
+def test_keys_that_have_ended_take_no_place_of_those_that_are_asked_for(
+    cast: Cast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accounts.management.commands.key.MOST", 1)
+    said("create_key", "Alice's", "--name", "newer")
+    newest = answer("create_key", "Alice's", "--name", "newest")
+    said("revoke_key", newest["public_id"])
+    assert [row["name"] for row in answer("key", "list", "--tenant", "Alice's", "--active")["keys"]] == ["newer"]
+
+
+def test_a_list_of_one_that_is_not_there_has_failed(cast: Cast) -> None:
+    assert failure("plan", "list", "none")[0] == "plan_not_found"
+    assert failure("person", "list", "nobody")[0] == "person_not_found"

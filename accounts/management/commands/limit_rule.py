@@ -22,10 +22,10 @@ def hours(text: str) -> tuple[time, time]:
     """22:00-06:00."""
     try:
         start, end = (time.fromisoformat(part) for part in text.split("-"))
+        if start.tzinfo or end.tzinfo:
+            raise ValueError("a zone")
     except ValueError:
-        start = end = None
-    if start is None or end is None or start.tzinfo or end.tzinfo:
-        raise ArgumentTypeError(f"{text!r} is not a stretch of the day such as 22:00-06:00, in UTC")
+        raise ArgumentTypeError(f"{text!r} is not a stretch of the day such as 22:00-06:00, in UTC") from None
     return start, end
 
 

@@ -18,7 +18,7 @@ from accounts.trail.refusals import Refusal
 from inference.management.naming import model_named
 from inference.models import ServedModel
 from inference.slots import holdings
-from inference.slots.holdings import Disk, Holdings, Loaded
+from inference.slots.holdings import Answer, Disk, Holdings, Loaded
 
 ACTIONS = ("list", "erase", "forget")
 
@@ -75,7 +75,7 @@ class Command(HouseCommand):
         if problems:
             first = problems[0]
             text = f"{len(done)} {word}, and perhaps not all: {first['worker']}: {first['message']}"
-            self.fail(first["code"], text, problems=problems, **{word: done})
+            self.fail(first["code"], text, problems=problems, done=done)
         return {word: done}
 
     def show(self, result: dict[str, Any]) -> None:
@@ -122,7 +122,9 @@ class Command(HouseCommand):
 def _erase(tenant: Tenant, row: dict[str, Any]) -> dict[str, Any] | None:
     """The row, with the tokens that it held; None for a model that is served no more. Raises Refusal."""
     model = ServedModel.objects.filter(pk=row["model_id"]).first()
-    return model and {**row, "tokens": holdings.erase(tenant, row["worker"], model, row["number"])}
+    if model is None:
+        return None
+    return {**row, "tokens": holdings.erase(tenant, row["worker"], model, row["number"])}
 
 
 def _forget(tenant: Tenant, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -148,9 +150,12 @@ def _told(
         "name": options["state"],
     }
     wanted = {name: value for name, value in wanted.items() if value is not None}
+    told: list[tuple[str, str, str | None, Answer]]
     told = [("slots", each.worker, each.report["name"], each.answer) for each in found.loaded]
     told += [("states", each.worker, None, each.answer) for each in found.disks]
-    problems = [_problem(*where, answer) for *where, answer in told if isinstance(answer, Refusal)]
+    problems = [
+        _problem(kind, worker, name, answer) for kind, worker, name, answer in told if isinstance(answer, Refusal)
+    ]
     return {
         "slots": [row for row in slots if _fits(row, wanted)],
         "states": [row for row in states if _fits(row, wanted)],
