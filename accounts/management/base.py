@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from django.db import InterfaceError, OperationalError
 from rich.console import Console
 from rich.table import Table
 
-from accounts.management.help import DIFFERS, FAILED, INTERRUPTED, OK, USAGE, epilog
+from accounts.management.help import DIFFERS, FAILED, INTERRUPTED, OK, UNREAD, USAGE, epilog
 from accounts.management.plain import plain, plain_json
 from accounts.trail import audit_log
 
@@ -58,6 +59,10 @@ class HouseCommand(BaseCommand, ABC):
     def run_from_argv(self, argv: list[str]) -> None:
         try:
             super().run_from_argv(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has enough, as `head` does; what is done is done
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(UNREAD)
         except SystemExit as end:
             if end.code == DIFFERS and not self._has_begun:  # argparse's own status for what it does not understand
                 if "--json" in argv:
