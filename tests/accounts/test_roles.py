@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from django.contrib import admin
 from django.contrib.auth.hashers import make_password
-from django.contrib.auth.models import Group, User
+from django.contrib.auth.models import Group, Permission, User
 from django.db.models import Model
 from django.test import Client, RequestFactory
 from django.urls import URLPattern, URLResolver, get_resolver, reverse
@@ -530,6 +530,20 @@ def test_an_operator_does_not_become_more_by_another_persons_account(house: Hous
     )
     mine.refresh_from_db()
     assert not mine.is_superuser and not mine.is_staff
+
+
+def test_staff_with_djangos_permission_sets_no_password_of_those_who_may_more(house: House) -> None:
+    """They see the accounts, as the permission says; a superuser's password would be all that a superuser may."""
+    staff, client = house.people["staff"], house.client("staff")
+    staff.user_permissions.add(*Permission.objects.filter(codename__in=("view_user", "change_user", "delete_user")))
+    new = {"password1": "another long password", "password2": "another long password"}
+    for target, may in (("superuser", False), ("operator", False), ("auditor", False), ("viewer", True)):
+        person = house.people[target]
+        assert client.get(page("auth.user", "change", person.pk)).status_code == 200
+        client.post(f"/admin/auth/user/{person.pk}/password/", new)
+        person.refresh_from_db()
+        assert person.check_password("another long password") == may, target
+        assert (client.get(page("auth.user", "delete", person.pk)).status_code == 200) == may, target
 
 
 def test_no_page_shows_a_secret_and_no_filter_asks_for_one(house: House) -> None:

@@ -80,7 +80,16 @@ class Command(HouseCommand):
         name = options["name"] or name_at(url)
         begun = ModelImport.objects.filter(url=url, name=name, base_model=base, is_attended=True)
         found = begun.filter(state__in=ModelImport.OPEN).first()
+        wanted = {
+            "sha256": options["sha256"].lower(),
+            "visibility": options["visibility"],
+            "replaces": options["replace"],
+            "is_default": options["default"],
+        }
         if found is not None and not options["background"]:
+            if any(getattr(found, name) != value for name, value in wanted.items()):
+                text = f"It was begun with other options, as import {found.pk}: give the same, or end that one first"
+                self.fail("conflict", f"{text} (`manage.py imports cancel {found.pk}`).")
             return found
         return desk.ask(
             desk.Asked(
@@ -88,11 +97,8 @@ class Command(HouseCommand):
                 name=name,
                 url=url,
                 base_model=base,
-                sha256=options["sha256"].lower(),
-                visibility=options["visibility"],
-                replaces=options["replace"],
-                is_default=options["default"],
                 is_attended=not options["background"],
+                **wanted,
             )
         )
 
