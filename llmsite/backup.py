@@ -18,6 +18,7 @@ import sqlite3
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -47,8 +48,6 @@ FILE_FOLDERS = ("models", "adapters", "uploads")
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MEMBERS = 100_000
 CHUNK = 1 << 20
-PAGES = 4096
-"""Pages of SQLite that are copied before writers get their turn."""
 
 Progress = Callable[[str], None]
 
@@ -118,6 +117,8 @@ def make(
             archive.rename(path)
     except OSError as error:
         raise BackupError("backup_not_written", f"{path} cannot be written: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        raise BackupError("backup_not_written", f"The database cannot be copied to {path.parent}: {error}") from error
     return manifest
 
 
@@ -182,7 +183,7 @@ def _dump(target: Path) -> None:
     source = Path(connection.settings_dict["NAME"])
     opened = sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)
     with contextlib.closing(opened) as live, contextlib.closing(sqlite3.connect(target)) as copy:
-        live.backup(copy, pages=PAGES, sleep=0.01)
+        live.backup(copy)  # in one step: writers go on beside it, and between two steps each write would begin it anew
         copy.execute("PRAGMA journal_mode=DELETE")  # one file, whatever the live one has
         _check_integrity(copy)
 
@@ -228,7 +229,7 @@ def read(path: Path, folder: Path, say: Progress = lambda text: None) -> Manifes
                     continue
                 say(f"reading {member.name}")
                 found[member.name] = _unpack(content, folder / member.name)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise BackupError("backup_unreadable", f"{path} cannot be read: {error}") from error
     if manifest is None or DATABASE not in manifest.members:
         raise BackupError("backup_invalid", f"{path} has no manifest: it is no backup, or was cut off.")
@@ -239,9 +240,15 @@ def read(path: Path, folder: Path, say: Progress = lambda text: None) -> Manifes
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
-    parts = PurePosixPath(member.name).parts
-    is_ours = member.name in (MANIFEST, DATABASE) or parts[0] in ("secrets", "files")
-    return member.isfile() and is_ours and ".." not in parts and "\\" not in member.name
+    """Whether it is a file such as `make` stores: nothing else of STATE_DIR is written."""
+    match PurePosixPath(member.name).parts:
+        case ("secrets", name):
+            is_ours = name in SECRETS
+        case ("files", folder, _, *rest):
+            is_ours = folder in FILE_FOLDERS and ".." not in rest
+        case _:
+            is_ours = member.name in (MANIFEST, DATABASE)
+    return member.isfile() and is_ours and ".." not in member.name.split("/") and "\\" not in member.name
 
 
 def _unpack(content: IO[bytes], target: Path) -> dict[str, Any]:
@@ -302,13 +309,13 @@ def restore(
             _replace_database(Path(scratch) / DATABASE, now, done)
             _replace_files(config, Path(scratch), now, done)
             say("migrating and proving the ledger")
-            migrate()
+            migrate(say)
             done.report = audit.audit()
             _warn_of_pepper(config, manifest, done)
             return done
     except StartError as error:
         raise BackupError("site_runs", str(error)) from error
-    except OSError as error:
+    except (OSError, DatabaseError) as error:
         raise BackupError("restore_failed", f"The backup could not be put in place: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from django.conf import settings
 from django.contrib import admin
 from django.core.exceptions import PermissionDenied
 from django.db import transaction
@@ -37,19 +38,27 @@ class PriceAdmin(ModelAdmin):
 
 @admin.register(DayUsage)
 class DayUsageAdmin(ReadOnlyAdmin):
-    list_display = ("day", "tenant", "key", "model", "adapters", "requests", "used_tokens", "cost")
+    list_display = ("day", "tenant", "key", "model", "adapters", "num_requests", "tokens", "cost")
     list_select_related = ("tenant", "key")
     list_filter = (("tenant", AutocompleteSelectFilter),)
     ordering = ("-day", "-pk")
 
+    @admin.display(description="Requests")
+    def num_requests(self, row: DayUsage) -> str:
+        return console.whole(row.requests)
+
+    @admin.display(description="Tokens")
+    def tokens(self, row: DayUsage) -> str:
+        return console.whole(row.used_tokens)
+
     @admin.display(description="Cost")
     def cost(self, row: DayUsage) -> str:
-        return prices.money(row.cost_nanos)
+        return f"{prices.money(row.cost_nanos)} {settings.CONFIG.currency}"
 
 
 @admin.register(Statement)
 class StatementAdmin(ReadOnlyAdmin):
-    list_display = ("month", "tenant", "requests", "used_tokens", "cost", "currency", "created_at", "csv")
+    list_display = ("month", "tenant", "num_requests", "tokens", "cost", "created_at", "csv")
     list_select_related = ("tenant",)
     list_filter = (("tenant", AutocompleteSelectFilter),)
     ordering = ("-month", "-pk")
@@ -75,9 +84,17 @@ class StatementAdmin(ReadOnlyAdmin):
         name = f"statement-{row.tenant_id}-{row.month:%Y-%m}.csv"
         return csv_file(name, statements.as_csv(facts))
 
+    @admin.display(description="Requests")
+    def num_requests(self, row: Statement) -> str:
+        return console.whole(row.requests)
+
+    @admin.display(description="Tokens")
+    def tokens(self, row: Statement) -> str:
+        return console.whole(row.used_tokens)
+
     @admin.display(description="Cost")
     def cost(self, row: Statement) -> str:
-        return prices.money(row.cost_nanos)
+        return f"{prices.money(row.cost_nanos)} {row.currency}"
 
 
 @admin.register(QuotaAlert)

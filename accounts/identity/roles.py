@@ -51,6 +51,7 @@ class Row:
     never: Mapping[str, Any] = field(default_factory=dict)
     """A filter for what people of tenants do not see."""
     not_for_operators: Q | None = None
+    """Rows that operators do not see, and that other staff, whatever permissions it has, does not write."""
     hidden: tuple[str, ...] = ()
     """Fields that people of tenants do not see."""
 
@@ -177,9 +178,10 @@ def visible(user: Any, rows: QuerySet[M], verb: str = "view") -> QuerySet[M]:
     model = rows.model._meta.label_lower
     tenants, row = reach(user, model, verb), BY_MODEL.get(model)
     if tenants is None:
-        if row is not None and row.not_for_operators is not None and roles_of(user).staff == OPERATOR:
-            return rows.exclude(row.not_for_operators)
-        return rows
+        kept = row.not_for_operators if row is not None and not user.is_superuser else None
+        if kept is None or (verb == "view" and roles_of(user).staff != OPERATOR):
+            return rows
+        return rows.exclude(kept)
     if not tenants or row is None:
         return rows.none()
     wanted = Q(**row.also) if row.also else Q()

@@ -21,6 +21,7 @@ INHERIT = "inherit"
 UNLIMITED = "unlimited"
 ALL = "all"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+MAX_DURATION_SECONDS = 3660 * 86400
 
 
 def limit_value(text: str) -> int | str:
@@ -35,9 +36,11 @@ def limit_value(text: str) -> int | str:
 def duration(text: str) -> timedelta:
     """90s, 30m, 12h or 7d."""
     number, unit = text[:-1], text[-1:]
-    if not number.isdecimal() or unit not in UNITS or len(number) > 6:
-        raise ArgumentTypeError(f"{text!r} is not a duration such as 90s, 30m, 12h or 7d")
-    return timedelta(seconds=int(number) * UNITS[unit])
+    is_one = number.isascii() and number.isdecimal() and unit in UNITS and len(number) <= 9
+    seconds = int(number) * UNITS[unit] if is_one else None
+    if seconds is None or seconds > MAX_DURATION_SECONDS:
+        raise ArgumentTypeError(f"{text!r} is not a duration such as 90s, 30m, 12h or 7d, of ten years at most")
+    return timedelta(seconds=seconds)
 
 
 def moment(text: str) -> datetime:

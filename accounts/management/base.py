@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import redis
 from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
+from django.db import InterfaceError, OperationalError
 from rich.console import Console
 from rich.table import Table
 
-from accounts.management.help import DIFFERS, OK, USAGE, epilog
+from accounts.management.help import DIFFERS, FAILED, INTERRUPTED, OK, UNREAD, USAGE, epilog
 from accounts.management.plain import plain, plain_json
 from accounts.trail import audit_log
 
@@ -56,22 +59,41 @@ class HouseCommand(BaseCommand, ABC):
     def run_from_argv(self, argv: list[str]) -> None:
         try:
             super().run_from_argv(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has enough, as `head` does; what is done is done
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(UNREAD)
         except SystemExit as end:
             if end.code == DIFFERS and not self._has_begun:  # argparse's own status for what it does not understand
+                if "--json" in argv:
+                    self._tell_json("usage", "The words were not understood: standard error says which.")
                 sys.exit(USAGE)
             raise
 
     def handle(self, *_args: Any, **options: Any) -> None:
         self.as_json, self.exit_status, self._has_begun = options["json"], OK, True
-        name = type(self).__module__.rpartition(".")[2]
-        with audit_log.acting(lambda: audit_log.of_the_shell(name)):
-            result = self.run(options)
+        result = self._result(options)
         if self.as_json:
             self.stdout.write(plain_json(json.dumps(result, default=str, ensure_ascii=False)))
         else:
             self.show(plain(result))
         if self.exit_status:
             sys.exit(self.exit_status)
+
+    def _result(self, options: dict[str, Any]) -> Any:
+        """What `run` returns; of what keeps any command from its work, a sentence."""
+        name = type(self).__module__.rpartition(".")[2]
+        try:
+            with audit_log.acting(lambda: audit_log.of_the_shell(name)):
+                return self.run(options)
+        except redis.RedisError as error:
+            why = f"Redis does not answer ({type(error).__name__})"
+            self.fail("redis_unreachable", f"{why}: `manage.py doctor` says more.")
+        except (OperationalError, InterfaceError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            self.fail("database_unavailable", f"The database fails ({why}): `manage.py doctor` says more.")
+        except KeyboardInterrupt:
+            self.fail("interrupted", "Interrupted.", status=INTERRUPTED)
 
     @abstractmethod
     def run(self, options: dict[str, Any]) -> Any:
@@ -93,8 +115,11 @@ class HouseCommand(BaseCommand, ABC):
             console.width = WIDE
         console.print(table)
 
-    def fail(self, code: str, message: str, **extra: Any) -> NoReturn:
-        """End with status 1; with --json the same facts are on standard output as an object."""
+    def fail(self, code: str, message: str, *, status: int = FAILED, **extra: Any) -> NoReturn:
+        """End with that status; with --json the same facts are on standard output as an object."""
         if self.as_json:
-            self.stdout.write(json.dumps({"error": {"code": code, "message": message, **extra}}, default=str))
-        raise CommandError(plain(message))
+            self._tell_json(code, message, **extra)
+        raise CommandError(plain(message), returncode=status)
+
+    def _tell_json(self, code: str, message: str, **extra: Any) -> None:
+        self.stdout.write(json.dumps({"error": {"code": code, "message": message, **extra}}, default=str))

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
-OK, FAILED, DIFFERS, USAGE = 0, 1, 2, 64
-"""Exit statuses. USAGE is sysexits.h's EX_USAGE, so that a typing error never looks like a difference."""
+OK, FAILED, DIFFERS, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 64, 130, 141
+"""Exit statuses. USAGE is sysexits.h's EX_USAGE, so that a typing error never looks like a difference; INTERRUPTED and
+UNREAD are what shells have for Ctrl-C and for a pipe that nobody reads any more."""
 STATUSES: Mapping[int, str] = {
     OK: "done",
     FAILED: "refused or failed; standard error says why",
     USAGE: "words that were not understood",
+    INTERRUPTED: "interrupted",
 }
 
 

@@ -124,9 +124,12 @@ class AllowedField(forms.CharField):
         if not text.startswith("["):
             return [name for name in (part.strip() for part in text.split(",")) if name] or None
         try:
-            return json.loads(text)
-        except ValueError as error:
-            raise forms.ValidationError(f"Write names with commas between them, such as {self.example}.") from error
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            raise forms.ValidationError(f"Write names with commas between them, such as {self.example}.")
+        return found
 
     def has_changed(self, initial: Any, data: Any) -> bool:
         return bool(initial != self.to_python(data))
@@ -210,8 +213,10 @@ class KeyForm(LimitsMixin, KeyFormBase):
         return super().save(commit)
 
     def _may_operate(self) -> bool:
-        """Whether whoever fills it in may give a key what their own role does not have."""
-        return self.user is None or not roles.is_of_tenants(self.user, "accounts.apikey")
+        """Whether whoever fills it in may give a key what their own role does not have: those who write every tenant's
+        keys. To see them all, as auditors do, is not enough."""
+        verb = "change" if self.instance.pk else "add"
+        return self.user is None or roles.reach(self.user, "accounts.apikey", verb) is None
 
     def clean(self) -> Any:
         """What people of a tenant give a key is never more than their tenant has."""

@@ -50,6 +50,13 @@ class LongList(AdminBase):
     paginator = UncountedPaginator
     list_per_page = 50
 
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        """Whose page offers to show all where something is left out, and not always because nothing is counted."""
+        page = super().get_changelist_instance(request)
+        if not page.query and not page.has_active_filters:
+            page.full_result_count = page.result_count
+        return page
+
     def get_search_results(self, request: HttpRequest, queryset: QuerySet[Any], search_term: str) -> Any:
         """Looks once: to count what was found and to show a page of it would be to search twice."""
         found, repeats = super().get_search_results(request, queryset, search_term)

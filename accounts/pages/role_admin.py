@@ -130,11 +130,10 @@ class RoleMixin(LongList):
         """Rows that a person may refer to; of tenants, those in which they may add such a row."""
         other = db_field.remote_field.model
         rows = other._default_manager.all() if given is None else given
-        if other is Tenant and self._is_of_tenants(request):
-            return rows.filter(pk__in=roles.reach(request.user, self._label, "add") or ())
-        if None in (roles.reach(request.user, self._label, verb) for verb in ("add", "change")):
+        added, changed = (roles.reach(request.user, self._label, verb) for verb in ("add", "change"))
+        if added is None or changed is None:
             return rows
-        return roles.visible(request.user, rows)
+        return rows.filter(pk__in=added) if other is Tenant else roles.visible(request.user, rows)
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         """The last word, whatever the form let pass. Raises PermissionDenied."""
@@ -154,12 +153,17 @@ class RoleMixin(LongList):
         }
 
     def response_action(self, request: HttpRequest, queryset: QuerySet[Any]) -> Any:  # type: ignore[override]
-        """Actions of people of a tenant see rows that they may change, not all that they may see."""
-        if self._is_of_tenants(request):
-            name = request.POST.get("action", "")
-            chosen = self.get_actions(request).get(name)
-            allowed = tuple(getattr(chosen[0], "allowed_permissions", ())) if chosen else ()
-            verb = "delete" if name == DELETE_SELECTED else "view" if allowed == ("view",) else "change"
+        """Actions see rows that the person may do it with, not all that they may see: an auditor who owns a tenant sees
+        the rows of every tenant, and changes their own."""
+        name = request.POST.get("action", "")
+        chosen = self.get_actions(request).get(name)
+        allowed = (
+            ("delete",) if name == DELETE_SELECTED else getattr(chosen[0], "allowed_permissions", ()) if chosen else ()
+        )
+        verbs = [verb for verb in allowed if verb in roles.VERBS]
+        if not verbs and self._is_of_tenants(request):
+            verbs = ["change"]
+        for verb in verbs:
             queryset = roles.visible(request.user, queryset, verb)
         return super().response_action(request, queryset)
 

@@ -115,6 +115,12 @@ def _inner(address: Address) -> Address:
     return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else address)
 
 
+def shown(url: str) -> str:
+    """Without its query: signed addresses have their secret there."""
+    address, mark, _ = url.partition("?")
+    return f"{address}?…" if mark else address
+
+
 def file_name(url: str) -> str:
     """The last part of the path, as people read it."""
     return unquote(urlsplit(url).path.rpartition("/")[2])

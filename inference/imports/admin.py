@@ -13,15 +13,18 @@ from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.shortcuts import redirect
 from django.urls import URLPattern, path, reverse
+from django.utils.decorators import method_decorator
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
+from django.views.decorators.http import require_POST
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 from unfold.widgets import UnfoldAdminSelectWidget
 
 from accounts.pages import console
-from inference.imports import desk, importer, quarantine, upload_tokens
+from inference.imports import addresses, desk, importer, quarantine, upload_tokens
 from inference.imports.models import ModelImport
 from inference.models import ServedModel
 from inference.vetting.inspection import RegistrationError
@@ -102,7 +105,7 @@ class ModelImportAdmin(ModelAdmin):
         ("Where it comes from", {"fields": ("url", "sha256")}),
         ("What becomes of it", {"fields": ("visibility", "replaces", "is_default")}),
     )
-    readonly_fields = ("progress", "upload", "source", "size", "created")
+    readonly_fields = ("progress", "upload", "cancel_button", "source", "size", "created")
 
     class Media:
         js = ("llmsite/background.js",)
@@ -111,7 +114,11 @@ class ModelImportAdmin(ModelAdmin):
         """Of one that is there: what it has, and the choice of a file while it waits for one."""
         if obj is None:
             return self.fields_for_asking
-        now = ("progress", "upload") if obj.state == State.RECEIVING and obj.is_upload else ("progress",)
+        now = ["progress"]
+        if obj.state == State.RECEIVING and obj.is_upload:
+            now.append("upload")
+        if obj.is_open and self.has_cancel_permission(request):
+            now.append("cancel_button")
         asked = [name for name in ("base_model", "sha256") if getattr(obj, name)]
         return (
             ("Now", {"fields": now}),
@@ -125,6 +132,9 @@ class ModelImportAdmin(ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: ModelImport | None = None) -> bool:
         return False
+
+    def has_cancel_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.has_perm("inference.change_modelimport"))
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> ModelImport | None:
         """It knows who looks at it, for the token of an upload."""
@@ -147,19 +157,28 @@ class ModelImportAdmin(ModelAdmin):
         return HttpResponseRedirect(console.change_page("inference_modelimport", obj.pk))
 
     def get_urls(self) -> list[URLPattern]:
-        state = path(
-            "<int:object_id>/state/", self.admin_site.admin_view(self.state_page), name="inference_modelimport_state"
-        )
-        return [state, *super().get_urls()]
+        views = {"state": self.state_page, "cancel_this": self.cancel_this}
+        own = [
+            path(
+                f"<int:object_id>/{name.removesuffix('_this')}/",
+                self.admin_site.admin_view(view),
+                name=f"inference_modelimport_{name}",
+            )
+            for name, view in views.items()
+        ]
+        return [*own, *super().get_urls()]
 
     def state_page(self, request: HttpRequest, object_id: int) -> HttpResponse:
         """The part of a page that changes, alone."""
         if not self.has_view_permission(request):
             raise PermissionDenied
-        row = self.get_queryset(request).filter(pk=object_id).first()
+        return HttpResponse(shown(self._row(request, object_id)))
+
+    def _row(self, request: HttpRequest, object_id: int) -> ModelImport:
+        row: ModelImport | None = self.get_queryset(request).filter(pk=object_id).first()
         if row is None:
             raise Http404
-        return HttpResponse(shown(row))
+        return row
 
     # What the pages show
 
@@ -187,9 +206,18 @@ class ModelImportAdmin(ModelAdmin):
             row.pk,
         )
 
+    @admin.display(description="Do")
+    def cancel_button(self, row: ModelImport) -> SafeString:
+        """Sends the page's form, with its token, to another address."""
+        return format_html(
+            '<button type="submit" class="console-link" formaction="{}" data-confirm="{}">Cancel</button>',
+            reverse("admin:inference_modelimport_cancel_this", args=[row.pk]),
+            "Cancel this import? What has come is removed.",
+        )
+
     @admin.display(description="From")
     def source(self, row: ModelImport) -> str:
-        return row.url or "an upload"
+        return addresses.shown(row.url) or "an upload"
 
     @admin.display(description="Size")
     def size(self, row: ModelImport) -> str:
@@ -201,10 +229,21 @@ class ModelImportAdmin(ModelAdmin):
 
     # What they change
 
-    @admin.action(description="Cancel", permissions=["change"])
+    @admin.action(description="Cancel", permissions=["cancel"])
     def cancel(self, request: HttpRequest, queryset: QuerySet[ModelImport]) -> None:
         number = sum(desk.cancel(row) for row in queryset)
         self.message_user(request, f"{number} cancelled; what had ended stays as it is.", messages.SUCCESS)
+
+    @method_decorator(require_POST)
+    def cancel_this(self, request: HttpRequest, object_id: int) -> HttpResponse:
+        """The button of its page. Raises PermissionDenied or Http404."""
+        if not self.has_cancel_permission(request):
+            raise PermissionDenied
+        if desk.cancel(self._row(request, object_id)):
+            self.message_user(request, "It is cancelled; what had come is removed.", messages.SUCCESS)
+        else:
+            self.message_user(request, "It had ended already: nothing was cancelled.", messages.WARNING)
+        return redirect(console.change_page("inference_modelimport", object_id))
 
 
 def shown(row: ModelImport) -> SafeString:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
-from inference.imports.addresses import Policy
+from inference.imports.addresses import Policy, shown
 from inference.imports.connections import TryAgain, get
 from inference.imports.quarantine import open_to_write, sync
 from inference.vetting.inspection import RegistrationError
@@ -57,7 +57,7 @@ def probe(wanted: Wanted, policy: Policy) -> None:
         wanted.size = found.total if answer.status in (206, 416) else answer.length
         wanted.validator = _validator_of(answer)
     if wanted.size == 0:
-        raise RegistrationError("fetch_failed", f"The file at {wanted.url} is empty.")
+        raise RegistrationError("fetch_failed", f"The file at {shown(wanted.url)} is empty.")
 
 
 def persistently(step: Callable[[], None], progress: Callable[[], int], pause: Callable[[float], None]) -> None:
@@ -119,7 +119,7 @@ def _check_same(wanted: Wanted, size: int | None, validator: str) -> None:
     is_other = wanted.size is not None and size is not None and size != wanted.size
     if is_other or (wanted.validator and validator and validator != wanted.validator):
         raise RegistrationError(
-            "fetch_changed", f"{wanted.url} became another file while it was fetched: begin the import again."
+            "fetch_changed", f"{shown(wanted.url)} became another file while it was fetched: begin the import again."
         )
 
 
@@ -146,17 +146,19 @@ def _copy(answer: HTTPResponse, write: Callable[[bytes], object], wanted: Wanted
 def _check_status(answer: HTTPResponse, wanted: Wanted) -> None:
     status = answer.status
     if status in (408, 425, 429) or status >= 500:
-        raise TryAgain(f"{wanted.url} answered {status} {answer.reason}")
+        raise TryAgain(f"{shown(wanted.url)} answered {status} {answer.reason}")
     if status in (401, 403):
         text = (
-            f"{wanted.url} answered {status}: it is not open to all, nor to the token that FETCH_TOKENS may have for "
-            "its host. Set one that may read it, or get the file by hand, and upload or register it."
+            f"{shown(wanted.url)} answered {status}: it is not open to all, nor to the token that FETCH_TOKENS may "
+            "have for its host. Set one that may read it, or get the file by hand, and upload or register it."
         )
         raise RegistrationError("fetch_failed", text)
     if status not in (200, 206, 416):
-        raise RegistrationError("fetch_failed", f"{wanted.url} answered {status} {answer.reason}.")
+        raise RegistrationError("fetch_failed", f"{shown(wanted.url)} answered {status} {answer.reason}.")
     if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise RegistrationError("fetch_failed", f"{wanted.url} sends it compressed, though that was not asked for.")
+        raise RegistrationError(
+            "fetch_failed", f"{shown(wanted.url)} sends it compressed, though that was not asked for."
+        )
 
 
 def _validator_of(answer: HTTPResponse) -> str:

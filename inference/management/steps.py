@@ -11,9 +11,6 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-INTERRUPTED = 130
-"""Exit status, as shells have it for Ctrl-C."""
-
 Watch = Callable[[str, float, int, int], None]
 """Called with what is done now, its part from 0.0 to 1.0, steps done, and steps in all."""
 

@@ -29,6 +29,8 @@ CONSOLE = "/admin/"
 BEGAN, SEEN = "console_began", "console_seen"
 SEEN_EVERY_SECONDS = 60
 """How often a session writes down that somebody is there."""
+BY_ITSELF = {"X-Requested-With": "fetch"}
+"""What a page sends that shows itself anew (dashboard.js, background.js): no sign that somebody is there."""
 
 
 class SecurityHeaders:
@@ -68,8 +70,12 @@ class ConsoleSessions:
         idle = settings.CONFIG.console_idle_minutes * 60
         if now - began > settings.SESSION_COOKIE_AGE or now - seen > idle:
             logout(request)
-        elif now - seen >= SEEN_EVERY_SECONDS:
+        elif now - seen >= SEEN_EVERY_SECONDS and not _asks_by_itself(request):
             session[SEEN] = now
+
+
+def _asks_by_itself(request: HttpRequest) -> bool:
+    return all(request.headers.get(name) == value for name, value in BY_ITSELF.items())
 
 
 def begin_session(sender: Any, request: HttpRequest, **kwargs: Any) -> None:

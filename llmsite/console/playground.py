@@ -21,6 +21,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from accounts.identity import key_rows, known_keys
 from accounts.identity.principals import Principal
+from accounts.identity.roles import reach
 from accounts.models import APIKey, Membership, Scope, Tenant
 from accounts.trail import audit_log
 from inference.api.headers import log_fields, request_id_of
@@ -47,7 +48,7 @@ def page(request: HttpRequest) -> HttpResponse:
         chosen = find_key(request.user, wanted)
         keys = [chosen, *keys]
     chosen = chosen or next(iter(keys), None)
-    principal = _principal(chosen) if chosen else None
+    principal = _principal(chosen, is_used=False) if chosen else None
     context = {
         **admin.site.each_context(request),
         "title": "Playground",
@@ -63,7 +64,7 @@ def page(request: HttpRequest) -> HttpResponse:
 def run(request: HttpRequest) -> HttpResponseBase:
     """The body is one of POST /v1/generate. The first event says the answer's status, then come the API's own."""
     key_id = _number(request.GET.get("key"))
-    principal = _principal(find_key(request.user, key_id)) if key_id is not None else None
+    principal = _principal(find_key(request.user, key_id), is_used=True) if key_id is not None else None
     if principal is None:
         return HttpResponse("This key cannot be used: it has ended, or its tenant is suspended.", status=403)
     log_fields(request)["console_user"] = request.user.get_username()
@@ -106,7 +107,8 @@ def find_key(user: Any, key_id: int) -> APIKey:
 
 
 def _is_operator(user: Any) -> bool:
-    return bool(user.has_perm("accounts.change_apikey")) and tenants_of(user) is None
+    """Who may change every tenant's keys; an auditor sees them all, and may own one tenant beside."""
+    return reach(user, "accounts.apikey", "change") is None and tenants_of(user) is None
 
 
 def _is_member(user: Any, tenant_id: int) -> bool:
@@ -117,8 +119,8 @@ def _number(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
-def _principal(key: APIKey) -> Principal | None:
-    """As authentication.py, without a secret; None where it would refuse."""
+def _principal(key: APIKey, *, is_used: bool) -> Principal | None:
+    """As authentication.py, without a secret; None where it would refuse. To look at the page is not to use the key."""
     now = timezone.now()
     credential = key_rows.find(key.public_id)
     if credential is None or not credential.is_usable:
@@ -126,7 +128,8 @@ def _principal(key: APIKey) -> Principal | None:
     if credential.expires_at is not None and credential.expires_at <= now:
         return None
     credential = known_keys.current(credential, now)
-    key_rows.touch(credential, now)
+    if is_used:
+        key_rows.touch(credential, now)
     return credential.principal
 
 

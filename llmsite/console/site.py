@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib.admin.apps import AdminConfig
-from django.http import HttpRequest
+from django.core.paginator import InvalidPage
+from django.http import Http404, HttpRequest
 from unfold.sites import UnfoldAdminSite
 
 
@@ -14,6 +15,13 @@ class ConsoleSite(UnfoldAdminSite):
         from accounts.identity import roles  # apps are not ready when this module is read
 
         return roles.may_enter(request.user)
+
+    def search(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> Any:
+        """django-unfold's own fails at a page that is none."""
+        try:
+            return super().search(request, extra_context)
+        except (InvalidPage, ValueError) as error:
+            raise Http404("There is no such page.") from error
 
     def register(self, model_or_iterable: Any, admin_class: Any = None, **options: Any) -> None:
         from unfold.admin import ModelAdmin

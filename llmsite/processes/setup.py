@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import django
 from django.core.management import CommandError, call_command
@@ -34,12 +35,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def migrate() -> None:
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def migrate(say: Callable[[str], None] = _print) -> None:
     """Apply what is missing; quick when nothing is."""
     executor = MigrationExecutor(connection)
     missing = executor.migration_plan(executor.loader.graph.leaf_nodes())
     if missing:
-        print(f"Migrating the database ({len(missing)} steps).", flush=True)
+        say(f"Migrating the database ({len(missing)} steps).")
         call_command("migrate", interactive=False, verbosity=0)
 
 

@@ -170,6 +170,7 @@ ACTING = {
     "admin:accounts_quotaperiod_correct",
     "admin:auth_user_password_change",
     "admin:inference_batch_cancel_this",
+    "admin:inference_modelimport_cancel_this",
 }
 """Pages that only act, beside those of Django that add and delete. Every other page must be open to an auditor."""
 ELSEWHERE = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import redis
 from django.core.management import CommandError, call_command, load_command_class
+from django.db import OperationalError
 from django.utils import timezone
 
 from accounts.identity import keys
@@ -168,3 +171,77 @@ def test_the_audit_proves_or_fails(cast: Cast) -> None:
     with pytest.raises(CommandError):
         call_command("audit_ledger", stdout=out)
     assert "overcharged" in out.getvalue()
+
+
+# What keeps any command from its work
+
+
+def refuse_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("accounts.management.commands.tenant.Command.run", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (OperationalError("connection refused\nmore"), "database_unavailable", 1),
+        (redis.ConnectionError("refused"), "redis_unreachable", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_what_keeps_any_command_from_its_work_is_a_sentence_and_json(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: str, status: int
+) -> None:
+    refuse_with(monkeypatch, error)
+    assert failure("tenant") == (code, plain_words(code))
+    with pytest.raises(CommandError) as caught:
+        said("tenant")
+    assert caught.value.returncode == status
+
+
+def plain_words(code: str) -> str:
+    return {
+        "database_unavailable": "The database fails (connection refused): `manage.py doctor` says more.",
+        "redis_unreachable": "Redis does not answer (ConnectionError): `manage.py doctor` says more.",
+        "interrupted": "Interrupted.",
+    }[code]
+
+
+def test_a_plan_that_was_made_for_a_refused_tenant_is_not_left(cast: Cast) -> None:
+    assert failure("create_tenant", "Dora's", "--plan", "free", "--quota-anchor-day", 99)[0] == "tenant_invalid"
+    assert not Plan.objects.filter(name="free").exists()
+
+
+def test_a_statement_on_standard_output_is_a_table_and_nothing_else(cast: Cast) -> None:
+    settle_order(reserved(cast.alice))
+    text = said("statement", "--tenant", "Alice's", "--csv", "-")
+    names = text.splitlines()[0].split(",")
+    assert all(len(row) == len(names) for row in csv.reader(io.StringIO(text)))
+    assert failure("statement", "--tenant", "Alice's", "--csv", "-")[0] == "output_ambiguous"
+
+
+def test_times_that_no_calendar_has_are_not_understood(cast: Cast) -> None:
+    for words in (
+        ("audit_log", "--within", "999999d"),
+        ("refusals", "--within", "٣h"),
+        ("limit_rule", "--tenant", "Alice's", "--limit", "max_output", "--value", 1, "--daily", "22:00Z-06:00Z"),
+    ):
+        with pytest.raises(CommandError, match="is not a"):
+            said(*words)
+
+
+def test_keys_that_have_ended_take_no_place_of_those_that_are_asked_for(
+    cast: Cast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accounts.management.commands.key.MOST", 1)
+    said("create_key", "Alice's", "--name", "newer")
+    newest = answer("create_key", "Alice's", "--name", "newest")
+    said("revoke_key", newest["public_id"])
+    assert [row["name"] for row in answer("key", "list", "--tenant", "Alice's", "--active")["keys"]] == ["newer"]
+
+
+def test_a_list_of_one_that_is_not_there_has_failed(cast: Cast) -> None:
+    assert failure("plan", "list", "none")[0] == "plan_not_found"
+    assert failure("person", "list", "nobody")[0] == "person_not_found"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from django.contrib import admin
 from django.contrib.auth.hashers import make_password
-from django.contrib.auth.models import Group, User
+from django.contrib.auth.models import Group, Permission, User
 from django.db.models import Model
 from django.test import Client, RequestFactory
 from django.urls import URLPattern, URLResolver, get_resolver, reverse
@@ -23,6 +23,7 @@ from accounts.identity import issuing, roles
 from accounts.ledger import quotas
 from accounts.models import (
     APIKey,
+    DayUsage,
     LimitRule,
     Membership,
     Plan,
@@ -88,7 +89,7 @@ def rows_of(who: Customer, model: ServedModel, name: str) -> dict[str, Model]:
         expires_at=NOW + timedelta(days=1),
     )
     user = User.objects.create(username=f"{name}-person", password=hashed_password())
-    from accounts.models import DayUsage, LedgerEntry, Reservation
+    from accounts.models import LedgerEntry, Reservation
 
     found: dict[str, Model] = {
         "accounts.tenant": who.tenant,
@@ -432,6 +433,8 @@ def test_a_key_is_issued_by_owners_and_members_in_their_tenant_alone(house: Hous
         {"scopes": ["generate", "operator"]},
         {"limits": {"monthly_tokens": "10000001"}},
         {"allowed_models": '["small", "secret"]'},
+        {"allowed_models": '[{"name": "small"}]'},
+        {"allowed_adapters": "[" * 5000},
     ],
 )
 def test_a_key_has_no_more_than_its_tenant(house: House, beyond: dict[str, Any]) -> None:
@@ -467,6 +470,34 @@ def test_an_owner_is_an_owner_of_one_tenant_only(house: House) -> None:
     assert house.cast.bob.tenant.api_keys.count() == 1
 
 
+def test_an_auditor_who_owns_a_tenant_changes_that_tenant_alone(house: House) -> None:
+    """They see every tenant's keys, and those of operators; what they do is what an owner of Alice's does."""
+    auditor, client = house.people["auditor"], house.client("auditor")
+    Membership.objects.create(tenant=house.cast.alice.tenant, user=auditor, role="owner")
+    keys, listed = [house.cast.bob.key, house.cast.operator.key], page("accounts.apikey", "changelist")
+    for key in keys:
+        for action in ("revoke", "rotate_now"):
+            answer = client.post(listed, {"action": action, "_selected_action": [key.pk], "previewed": "yes"})
+            assert not re.search(r"llms_[0-9A-Za-z]{12}_[0-9A-Za-z]{38}", answer.content.decode())
+        key.refresh_from_db()
+        assert key.revoked_at is None and not key.successors.exists()
+    strangers = [house.bobs["accounts.membership"].pk]
+    data = {"action": "delete_selected", "_selected_action": strangers, "post": "yes"}
+    client.post(page("accounts.membership", "changelist"), data)
+    assert Membership.objects.filter(pk__in=strangers).exists()
+    for form in (key_form(house.cast.bob.tenant), key_form(house.cast.alice.tenant, scopes=["operator"])):
+        before = APIKey.objects.count()
+        client.post(page("accounts.apikey", "add"), form)
+        assert APIKey.objects.count() == before
+    client.post(page("accounts.apikey", "add"), key_form(house.cast.alice.tenant))
+    assert house.cast.alice.tenant.api_keys.count() == 2
+    own = house.cast.alice.key
+    client.post(listed, {"action": "revoke", "_selected_action": [own.pk, keys[0].pk], "previewed": "yes"})
+    own.refresh_from_db()
+    keys[0].refresh_from_db()
+    assert own.revoked_at is not None and keys[0].revoked_at is None
+
+
 def test_an_owner_makes_nobody_more_than_an_owner_and_moves_nobody_to_bob(house: House) -> None:
     row = house.alices["accounts.membership"]
     client = house.client("owner")
@@ -499,6 +530,20 @@ def test_an_operator_does_not_become_more_by_another_persons_account(house: Hous
     )
     mine.refresh_from_db()
     assert not mine.is_superuser and not mine.is_staff
+
+
+def test_staff_with_djangos_permission_sets_no_password_of_those_who_may_more(house: House) -> None:
+    """They see the accounts, as the permission says; a superuser's password would be all that a superuser may."""
+    staff, client = house.people["staff"], house.client("staff")
+    staff.user_permissions.add(*Permission.objects.filter(codename__in=("view_user", "change_user", "delete_user")))
+    new = {"password1": "another long password", "password2": "another long password"}
+    for target, may in (("superuser", False), ("operator", False), ("auditor", False), ("viewer", True)):
+        person = house.people[target]
+        assert client.get(page("auth.user", "change", person.pk)).status_code == 200
+        client.post(f"/admin/auth/user/{person.pk}/password/", new)
+        person.refresh_from_db()
+        assert person.check_password("another long password") == may, target
+        assert (client.get(page("auth.user", "delete", person.pk)).status_code == 200) == may, target
 
 
 def test_no_page_shows_a_secret_and_no_filter_asks_for_one(house: House) -> None:
@@ -555,3 +600,34 @@ def test_every_operator_route_wants_the_operators_scope(house: House, client: Cl
                 assert status not in (401, 403, 500), f"{method} {route}: {status}"
             else:
                 assert status in (403, 405), f"{method} {route}: {status}"
+
+
+# What lists say
+
+
+def test_the_list_of_users_says_what_each_may_do(house: House) -> None:
+    Membership.objects.create(tenant=house.cast.bob.tenant, user=house.people["owner"], role="viewer")
+    text = house.client("superuser").get(page("auth.user", "changelist")).content.decode()
+    for words in ("Superuser", "Operator", "Auditor", "Owner of Alice", "Viewer of Bob"):
+        assert words in text, words
+
+
+def test_an_empty_list_says_whether_something_is_left_out(house: House) -> None:
+    client, listed = house.client("superuser"), page("accounts.price", "changelist")
+    assert "Show all" not in client.get(listed).content.decode()
+    sought = client.get(listed, {"q": "no such model"}).content.decode()
+    assert "None of the prices is as the search and the filters want it." in sought and "Show all" in sought
+    Price.objects.all().delete()
+    empty = client.get(listed).content.decode()
+    assert "Nothing is here yet" in empty and "Add price" in empty and "filters want it" not in empty
+
+
+@pytest.mark.parametrize("number", ["99", "x", "0"])
+def test_a_page_of_the_search_that_is_not_there_is_not_found(house: House, number: str) -> None:
+    assert house.client("superuser").get(reverse("admin:search"), {"s": "key", "page": number}).status_code == 404
+
+
+def test_amounts_have_their_currency_and_large_numbers_are_grouped(house: House) -> None:
+    DayUsage.objects.update(used_tokens=1_234_567, requests=7_654)
+    text = house.client("superuser").get(page("accounts.dayusage", "changelist")).content.decode()
+    assert "1,234,567" in text and "7,654" in text and " USD" in text

@@ -24,6 +24,7 @@ from selenium.webdriver.support.expected_conditions import staleness_of
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from accounts.models import Membership, StaffRole
+from inference.imports import quarantine
 from tests.browser.chromium import find, sign_in
 from tests.browser.test_console_in_a_browser import (
     KEY,
@@ -449,6 +450,23 @@ def test_a_file_that_is_no_model_is_refused_with_the_reason_and_a_waiting_import
     assert newest["state"] == "receiving"
     assert "1 cancelled" in console.act("inference/modelimport", "cancel", newest["id"])
     assert results(console.operator, "imports")[0]["state"] == "cancelled"
+
+
+def test_an_upload_waits_for_what_the_server_still_holds_of_it(console: Console, tmp_path: Path) -> None:
+    """As after a connection that broke without a word: the next try is refused, and the one after it is not."""
+    file = tmp_path / "letter.gguf"
+    file.write_bytes(b"Dear all, ")
+    fill(console.page, f"{console.base}/inference/modelimport/add/", name="held")
+    save(console.page)
+    (row,) = results(console.operator, "imports")
+    find(console.page, "[data-upload] input[type=file]").send_keys(str(file))
+    with quarantine.held(row["id"]):
+        find(console.page, "[data-upload] button").click()
+        wait = WebDriverWait(console.page, SOON)
+        wait.until(lambda page: "goes on in a moment" in find(page, "[data-upload] [role=status]").text)
+    WebDriverWait(console.page, 30, ignored_exceptions=[StaleElementReferenceException]).until(
+        lambda page: "Refused: " in find(page, "[data-state]").text
+    )
 
 
 # What runs

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import zlib
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from django.apps import apps
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.auth.models import User
 from django.contrib.contenttypes.models import ContentType
-from django.core.management import CommandError
+from django.core.management import CommandError, call_command
 from django.utils import timezone
 
 from accounts.identity.authentication import authenticate_credentials
@@ -155,6 +156,16 @@ def test_an_export_overwrites_nothing_unless_it_is_told_to(cast: Cast, tmp_path:
     assert failure("export_tenant", "Nobody's", "--to", tmp_path / "x")[0] == "tenant_not_found"
 
 
+def test_an_export_that_breaks_off_leaves_nothing(cast: Cast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(*_: Any) -> Iterator[bytes]:
+        yield SECRET.encode()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "lines", lines)
+    assert failure("export_tenant", "Alice's", "--to", tmp_path / "alice.jsonl")[0] == "interrupted"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_large_file_is_exported_in_pieces(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "CHUNK_BYTES", 4)
     make_file(cast.alice)
@@ -221,12 +232,20 @@ def test_people_with_another_tenant_or_a_role_keep_their_account(cast: Cast) -> 
     assert [row.tenant_id for row in Membership.objects.all()] == [cast.bob.tenant.pk]
 
 
-def test_the_name_is_asked_for_again(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_is_asked_for_again(
+    cast: Cast, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in ("Bob's\n", "\n", ""):
         monkeypatch.setattr("sys.stdin", io.StringIO(words))
         with pytest.raises(CommandError, match="was not repeated: nothing was erased"):
             said("erase_tenant", "Alice's")
     assert Tenant.objects.filter(name="Alice's", status="active").exists()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Bob's\n"))
+    capsys.readouterr()
+    with pytest.raises(CommandError):
+        call_command("erase_tenant", "Alice's", "--json")
+    told = capsys.readouterr()
+    assert json.loads(told.out)["error"]["code"] == "not_confirmed" and "Its name again: " in told.err
     monkeypatch.setattr("sys.stdin", io.StringIO("Alice's\n"))
     assert "is erased" in said("erase_tenant", "Alice's")
     assert not Tenant.objects.filter(name="Alice's").exists()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 from typing import Any
 
 import pytest
+from django.core.management import CommandError, call_command
 
 from accounts.models import AuditEntry
+from accounts.trail.refusals import Refusal
 from inference.batches.models import Batch
 from inference.catalog import registry
 from inference.imports import desk
 from inference.imports.models import ModelImport
 from inference.models import Adapter, ModelVariant, ServedModel
+from inference.slots import holdings
+from inference.slots.holdings import Disk, Holdings, Loaded, Names
 from inference.transport import queue
 from tests.accounts.test_commands import answer, failure, said
 from tests.conftest import Cast
@@ -73,6 +79,24 @@ def test_everything_of_a_tenant_or_key_is_cancelled_and_nothing_of_others(cast: 
     assert failure("cancel", "nothing")[0] == "request_not_found"
     assert failure("cancel", running, "--tenant", "Alice's")[0] == "bad_request"
     assert failure("cancel", "--tenant", "Nobody's")[0] == "tenant_not_found"
+
+
+def test_a_worker_that_does_not_answer_may_hold_something_yet(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was erased there, and the status says so."""
+    silent = Refusal("service_unavailable", "The worker does not answer.")
+    found = Holdings(
+        [Loaded("w1", {"name": "small", "id": 1}, silent), Loaded("w2", {"name": "large", "id": 2}, {"slots": []})],
+        [Disk("here", "w1", silent)],
+        Names(),
+    )
+    monkeypatch.setattr(holdings, "look", lambda: found)
+    for action, kind in (("erase", "slots"), ("forget", "states")):
+        out = io.StringIO()
+        with pytest.raises(CommandError, match="w1: The worker does not answer") as caught:
+            call_command("slots", action, "--tenant", "Alice's", "--json", stdout=out)
+        error = json.loads(out.getvalue())["error"]
+        assert caught.value.returncode == 1 and [each["of"] for each in error["problems"]] == [kind]
+    assert answer("slots", "erase", "--tenant", "Alice's", "--worker", "w2") == {"erased": []}
 
 
 # Batches
@@ -164,6 +188,9 @@ def test_models_are_switched_off_and_on_made_the_default_and_removed(small: Serv
     assert failure("models", "remove")[0] == "model_missing"
     assert failure("models", "remove", "small", "none")[0] == "model_not_found"
     assert said("models", "remove", "large") == "Removed: large. The files stay.\n"
+    Adapter.objects.create(name="poet", base_model=small, path="/poet.gguf", digest="p" * 64)
+    code, message = failure("models", "remove", "small")
+    assert code == "model_in_use" and "adapter small:poet" in message
     assert [row.name for row in ServedModel.objects.all()] == ["small"]
     moved = [entry.diff["load_mode"] for entry in noted(small) if "load_mode" in entry.diff]
     assert moved == [["eager", "off"], ["off", "lazy"]]

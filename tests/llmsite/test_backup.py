@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from llmsite import backup
 from llmsite.config import Config
+from llmsite.processes import setup
 from llmsite.processes.supervisor import held_alone
 from tests.conftest import REPOSITORY, site_environment
 
@@ -111,6 +118,9 @@ def manifest(**members: dict[str, Any]) -> bytes:
         ({"manifest.json": b'{"format": 2}'}, "backup_version"),
         ({"files__..__..__escape": b"x"}, "backup_invalid"),
         ({"elsewhere": b"x"}, "backup_invalid"),
+        ({"files__db.sqlite3": b"x"}, "backup_invalid"),
+        ({"files__models": b"x"}, "backup_invalid"),
+        ({"secrets__demo.json": b"x"}, "backup_invalid"),
         (
             {"database__content": b"x", "manifest.json": manifest(database__content={"bytes": 1, "sha256": "0"})},
             "backup_damaged",
@@ -132,3 +142,79 @@ def test_a_site_that_runs_is_not_restored_into(tmp_path: Path) -> None:
     with held_alone(tmp_path), pytest.raises(backup.BackupError) as caught:
         backup.restore(config, tmp_path / "none.tar.gz", datetime.now(UTC))
     assert caught.value.code == "site_runs"
+
+
+def test_an_archive_of_a_folder_is_no_backup(tmp_path: Path) -> None:
+    """As `tar czf backup.tar.gz .` makes it: its first member is the folder itself, which has no name."""
+    path = tmp_path / "folder.tar.gz"
+    (tmp_path / "target").mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tmp_path / "target", arcname=".")
+    with pytest.raises(backup.BackupError) as caught:
+        backup.read(path, tmp_path / "target")
+    assert caught.value.code == "backup_invalid"
+
+
+def test_bytes_that_went_wrong_within_an_archive_are_told(tmp_path: Path) -> None:
+    """The decompressor finds most of them before any checksum does."""
+    (tmp_path / "target").mkdir()
+    path = archive_of(tmp_path, database__content=b"".join(hex(number**3).encode() for number in range(50_000)))
+    whole = path.read_bytes()
+    codes = set()
+    for place in range(len(whole) // 20, len(whole) - 9, len(whole) // 20):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        (tmp_path / "target" / "database" / "content").unlink(missing_ok=True)
+        with pytest.raises(backup.BackupError) as caught:
+            backup.read(path, tmp_path / "target")
+        codes.add(caught.value.code)
+    assert codes <= {"backup_unreadable", "backup_invalid"} and "backup_unreadable" in codes
+
+
+def of_database(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    settings = {"NAME": str(path)}
+    monkeypatch.setattr(backup, "connection", SimpleNamespace(vendor="sqlite", settings_dict=settings))
+
+
+def test_a_database_that_is_written_to_all_the_time_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger than what was once copied in a step: between two steps a write begins the copy anew, for ever."""
+    path = tmp_path / "live.sqlite3"
+    of_database(monkeypatch, path)
+    with contextlib.closing(sqlite3.connect(path, check_same_thread=False)) as live:
+        live.execute("PRAGMA journal_mode=WAL")
+        live.execute("CREATE TABLE kept (number INTEGER, content BLOB)")
+        live.executemany("INSERT INTO kept VALUES (?, zeroblob(?))", ((each, 1 << 20) for each in range(64)))
+        live.commit()
+        is_copied, deadline = threading.Event(), time.monotonic() + 20
+
+        def write() -> None:
+            while not is_copied.is_set() and time.monotonic() < deadline:
+                live.execute("INSERT INTO kept VALUES (-1, NULL)")
+                live.commit()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        backup._dump(tmp_path / "copy")
+        is_over = time.monotonic() >= deadline
+        is_copied.set()
+        writer.join()
+    assert not is_over, "it ended only when nobody wrote any more"
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy")) as copy:
+        assert copy.execute("SELECT count(*) FROM kept WHERE number >= 0").fetchone() == (64,)
+
+
+def test_a_database_that_cannot_be_copied_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_database(monkeypatch, tmp_path / "none.sqlite3")
+    with pytest.raises(backup.BackupError) as caught:
+        backup.make(
+            Config(state_dir=tmp_path), tmp_path / "b.tar.gz", datetime.now(UTC), with_secrets=False, with_files=False
+        )
+    assert caught.value.code == "backup_not_written" and not list(tmp_path.iterdir())
+
+
+def test_migrating_says_so_where_it_is_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """`restore --json` of an older backup has nothing but its object on standard output."""
+    said: list[str] = []
+    with mock.patch.object(setup, "MigrationExecutor") as executor, mock.patch.object(setup, "call_command"):
+        executor.return_value.migration_plan.return_value = [object()]
+        setup.migrate(said.append)
+    assert said == ["Migrating the database (1 steps)."] and capsys.readouterr().out == ""

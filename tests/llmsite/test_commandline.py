@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from django.core.management import call_command
 
-from accounts.management.help import USAGE
+from accounts.management.help import UNREAD, USAGE
 from llmsite import commandline
 from llmsite.processes.console import Console
 from tests.conftest import REPOSITORY, site_environment
@@ -48,6 +49,33 @@ def test_words_that_are_not_understood_have_a_status_of_their_own(tmp_path: Path
             check=False,
         )
         assert done.returncode == USAGE, done.stderr
+        assert not done.stdout
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> None:
+    """As behind `| head`, which ends when it has seen enough."""
+    unread, written = os.pipe()
+    os.close(unread)
+    try:
+        done = subprocess.run(
+            [sys.executable, "manage.py", "shell_completion", "bash"],
+            cwd=REPOSITORY,
+            env=site_environment(tmp_path / "state", 1),
+            stdout=written,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(written)
+    assert (done.returncode, done.stderr) == (UNREAD, b"")
+
+
+def test_words_that_are_not_understood_are_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        type(COMMANDS["models"])().run_from_argv(["manage.py", "models", "--json", "--no-such-option"])
+    said = capsys.readouterr()
+    assert end.value.code == USAGE and "--no-such-option" in said.err
+    assert json.loads(said.out)["error"]["code"] == "usage"
 
 
 def test_the_document_lists_every_command_as_it_is() -> None:

@@ -78,6 +78,7 @@ COMMAND_OF = {
     "inference.modelvariant delete": "activate_variant small q8_0 --remove",
     "inference.modelimport add": "fetch_model owner/repository:small.gguf",
     "inference.modelimport cancel": "imports cancel 12",
+    "inference.modelimport cancel_this": "imports cancel 12",
     "inference.modelimport state": "imports list 12",
     "inference.servedmodel optimize": "optimize_model small",
     "inference.optimization add": "optimize_model small --background",

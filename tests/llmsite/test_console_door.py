@@ -15,6 +15,7 @@ from django.urls import reverse
 
 from llmsite.console import door as console_door
 from tests.accounts.test_roles import HOSTILE, House, house, page, registered  # noqa: F401  a fixture
+from tests.conftest import REPOSITORY
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db]
 
@@ -149,6 +150,26 @@ def test_an_idle_session_ends_and_one_in_use_does_not(signed_in: Client) -> None
     with time_machine.travel(now + (150 + 61) * 60, tick=False):
         assert not is_in(signed_in)
     assert not is_in(signed_in), "it does not come back"
+
+
+def test_a_page_that_shows_itself_anew_keeps_no_session_open(signed_in: Client) -> None:
+    """A dashboard that was left on a screen asks again every ten seconds; nobody need be there."""
+    import time
+
+    now = time.time()
+    for minutes in (50, 59):
+        with time_machine.travel(now + minutes * 60, tick=False):
+            answer = signed_in.get(reverse("console-board"), headers={"X-Requested-With": "fetch"})
+            assert answer.status_code == 200
+    with time_machine.travel(now + 61 * 60, tick=False):
+        assert not is_in(signed_in)
+
+
+def test_what_pages_send_of_themselves_is_what_the_door_knows() -> None:
+    (name,) = console_door.BY_ITSELF
+    for script in ("dashboard.js", "background.js"):
+        text = (REPOSITORY / "llmsite/static/llmsite" / script).read_text()
+        assert f'"{name}": "{console_door.BY_ITSELF[name]}"' in text
 
 
 def test_a_session_in_use_ends_after_twelve_hours(signed_in: Client) -> None:

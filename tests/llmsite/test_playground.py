@@ -10,7 +10,7 @@ from django.test import AsyncClient, Client
 from django.urls import reverse
 
 from accounts.identity import issuing
-from accounts.models import LimitRule, Membership, Tenant  # noqa: F401
+from accounts.models import LimitRule, Membership, StaffRole, Tenant  # noqa: F401
 from inference.models import ServedModel
 from tests.conftest import Cast, Customer
 
@@ -55,6 +55,21 @@ def test_a_member_has_the_keys_of_their_tenant_and_charlies_are_not_there(
     assert "Alice&#x27;s: main" in page and "Charlie" not in page and "Bob" not in page
     assert client.get(PAGE, {"key": cast.charlie.key.pk}).status_code == 404
     assert client.post(run_url(cast.charlie), "{}", content_type="application/json").status_code == 404
+
+
+def test_an_auditor_who_belongs_to_a_tenant_has_its_keys_alone(client: Client, cast: Cast, model: ServedModel) -> None:
+    person = member(cast.alice, "owner")
+    StaffRole.objects.create(user=person, role=StaffRole.Role.AUDITOR)
+    client.force_login(person)
+    page = client.get(PAGE).content.decode()
+    assert "Alice&#x27;s: main" in page and "Bob" not in page
+    assert client.post(run_url(cast.bob), "{}", content_type="application/json").status_code == 404
+
+
+def test_to_look_at_the_page_is_no_use_of_a_key(operator: Client, cast: Cast, model: ServedModel) -> None:
+    operator.get(PAGE, {"key": cast.bob.key.pk})
+    cast.bob.key.refresh_from_db()
+    assert cast.bob.key.last_used_at is None
 
 
 def test_a_viewer_and_a_stranger_have_no_key(client: Client, cast: Cast) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from django.core.exceptions import ValidationError
 from django.core.management.base import CommandParser
+from django.db import transaction
 
 from accounts.limits.plans import plan_named
 from accounts.management.arguments import add_limits, add_origins, overrides, sentence
@@ -31,7 +32,9 @@ class Command(HouseCommand):
         add_origins(parser)
         add_limits(parser)
 
+    @transaction.atomic
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Refused, it leaves no plan behind that was made for it."""
         plan, is_new = plan_named(options["plan"])
         if plan is None:
             self.fail("plan_not_found", f"There is no plan {options['plan']!r}: `manage.py plan make` makes one.")

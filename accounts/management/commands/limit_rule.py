@@ -22,8 +22,10 @@ def hours(text: str) -> tuple[time, time]:
     """22:00-06:00."""
     try:
         start, end = (time.fromisoformat(part) for part in text.split("-"))
+        if start.tzinfo or end.tzinfo:
+            raise ValueError("a zone")
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a stretch of the day such as 22:00-06:00") from None
+        raise ArgumentTypeError(f"{text!r} is not a stretch of the day such as 22:00-06:00, in UTC") from None
     return start, end
 
 

@@ -43,7 +43,7 @@ class Command(HouseCommand):
         action, name = options["action"], options["name"]
         if action == "list":
             rows = User.objects.select_related("staff_role").order_by(Lower("username"))
-            return {"people": [_row(each) for each in (rows.filter(username=name) if name else rows)]}
+            return {"people": [_row(each) for each in ([person_named(self, name)] if name else rows)]}
         if not name:
             self.fail("person_missing", f"Say who: person {action} NAME.")
         if action == "add":

@@ -52,7 +52,7 @@ class Command(HouseCommand):
         if action == "remove":
             return self._remove(plan_meant(self, name))
         if action == "list":
-            rows = Plan.objects.filter(name=name) if name else Plan.objects.all()
+            rows = Plan.objects.filter(pk=plan_meant(self, name).pk) if name else Plan.objects.all()
             return {"plans": _rows(rows)}
         if action == "make" and Plan.objects.filter(name=name).exists():
             self.fail("plan_invalid", f"There is a plan {name!r} already: plan change {name}.")

@@ -13,6 +13,8 @@ from accounts.ledger import statements
 from accounts.management.arguments import tenant_named
 from accounts.management.base import HouseCommand
 
+STDOUT = "-"
+
 
 class Command(HouseCommand):
     help = "Show the statement of a month, write it as CSV, or with --close keep it for good (the sweep does so, too)."
@@ -29,6 +31,9 @@ class Command(HouseCommand):
         parser.add_argument("--csv", type=Path, metavar="FILE", help="write the lines there; - is standard output")
 
     def run(self, options: dict[str, Any]) -> dict[str, Any]:
+        self._is_table = str(options["csv"]) == STDOUT
+        if self._is_table and self.as_json:
+            self.fail("output_ambiguous", "Standard output takes one of them: give --csv a file, or leave --json out.")
         tenant, now = tenant_named(self, options["tenant"]), timezone.now()
         last = (now.date().replace(day=1) - timedelta(days=1)).replace(day=1)
         try:
@@ -43,15 +48,17 @@ class Command(HouseCommand):
         return facts
 
     def _write(self, path: Path, text: str) -> None:
-        if str(path) == "-":
-            self.stdout.write(text)
+        if self._is_table:
+            self.stdout.write(text, ending="")
             return
         try:
-            path.write_text(text, newline="")
+            path.write_text(text, encoding="utf-8", newline="")
         except OSError as error:
             self.fail("file_unwritable", f"{path} cannot be written: {error.strerror}.")
 
     def show(self, result: dict[str, Any]) -> None:
+        if self._is_table:  # what follows a table would be a row of it
+            return
         self.stdout.write(
             f"{result['tenant']}, {result['month']} ({result['status']}): {result['requests']:,} requests, "
             f"{result['tokens']:,} tokens, {result['cost']} {result['currency']}"

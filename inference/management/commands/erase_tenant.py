@@ -10,6 +10,7 @@ from django.core.management.base import CommandParser
 
 from accounts.management.arguments import tenant_named
 from accounts.management.base import HouseCommand
+from accounts.management.plain import plain
 from inference.departure import erasure
 
 
@@ -44,8 +45,11 @@ class Command(HouseCommand):
         return {"tenant": name, **asdict(told)}
 
     def _is_meant(self, name: str) -> bool:
+        question = plain(f"Everything of {name} is erased for good. Its name again: ")
+        self.stderr.write(question, style_func=str, ending="")  # standard output has the result alone
+        self.stderr.flush()
         try:
-            return input(f"Everything of {name} is erased for good. Its name again: ") == name
+            return input() == name
         except EOFError:  # nobody is there to ask
             return False
 

@@ -45,8 +45,10 @@ class Command(HouseCommand):
             scratch.replace(place)
         except FileExistsError:
             self.fail("file_exists", f"{scratch} is there already: another export runs, or was ended. Remove it.")
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C or the database, too: what the tenant said is not left lying about
             scratch.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             self.fail("file_unwritable", f"{place} cannot be written: {error.strerror}.")
         return {"tenant": tenant.name, "file": str(place), "lines": number, "bytes": place.stat().st_size}
 

@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-from django.core.management.base import CommandError, CommandParser
+from django.core.management.base import CommandParser
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from accounts.management.base import HouseCommand
+from accounts.management.help import INTERRUPTED
 from inference.gguf.parts import place_among
 from inference.imports import desk, importer, quarantine
 from inference.imports.addresses import file_name
 from inference.imports.importer import Watch
 from inference.imports.models import ModelImport
 from inference.management.naming import model_named
-from inference.management.steps import INTERRUPTED, interruptible
+from inference.management.steps import interruptible
 from inference.models import ServedModel
 from inference.vetting.inspection import RegistrationError
 
@@ -63,9 +64,9 @@ class Command(HouseCommand):
                     self._bring(row)
             except RegistrationError as error:
                 self.fail(error.code, error.message, fields=dict(error.fields))
-            except KeyboardInterrupt as error:
+            except KeyboardInterrupt:
                 text = "Stopped; what has come is kept. The same command goes on with it."
-                raise CommandError(text, returncode=INTERRUPTED) from error
+                self.fail("interrupted", text, status=INTERRUPTED)
         if row.state == State.REFUSED:
             self.fail(row.problem_code, row.problem)
         if row.state == State.CANCELLED:
@@ -79,7 +80,16 @@ class Command(HouseCommand):
         name = options["name"] or name_at(url)
         begun = ModelImport.objects.filter(url=url, name=name, base_model=base, is_attended=True)
         found = begun.filter(state__in=ModelImport.OPEN).first()
+        wanted = {
+            "sha256": options["sha256"].lower(),
+            "visibility": options["visibility"],
+            "replaces": options["replace"],
+            "is_default": options["default"],
+        }
         if found is not None and not options["background"]:
+            if any(getattr(found, name) != value for name, value in wanted.items()):
+                text = f"It was begun with other options, as import {found.pk}: give the same, or end that one first"
+                self.fail("conflict", f"{text} (`manage.py imports cancel {found.pk}`).")
             return found
         return desk.ask(
             desk.Asked(
@@ -87,11 +97,8 @@ class Command(HouseCommand):
                 name=name,
                 url=url,
                 base_model=base,
-                sha256=options["sha256"].lower(),
-                visibility=options["visibility"],
-                replaces=options["replace"],
-                is_default=options["default"],
                 is_attended=not options["background"],
+                **wanted,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.core.management.base import CommandParser
+from django.db import transaction
 
 from accounts.management.arguments import tenant_named
 from accounts.management.base import HouseCommand
@@ -28,8 +29,9 @@ class Command(HouseCommand):
         row = adapter_named(self, options["adapter"])
         tenants = [tenant_named(self, name) for name in options["tenants"]]
         try:
-            for tenant in tenants:
-                granting.grant(row, tenant)
+            with transaction.atomic():  # to all of them, or to none
+                for tenant in tenants:
+                    granting.grant(row, tenant)
         except RegistrationError as error:
             self.fail(error.code, error.message)
         return as_adapter_row(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.core.management.base import CommandParser
+from django.db.models import ProtectedError
 from rich.table import Table
 
 from accounts.management.base import HouseCommand
@@ -19,13 +20,15 @@ LOAD_MODES = {
     "switch-off": ServedModel.LoadMode.OFF,
 }
 ACTIONS = ("list", *LOAD_MODES, "default", "remove")
+MOST_NAMED = 10
 
 
 class Command(HouseCommand):
     help = (
         "List the served models: file, context, slots, memory, when they are loaded. Or have some loaded when a worker "
         "starts (eager) or on their first request (lazy), switch them off, make one the default, or remove them: their "
-        "adapters and grants go with them, their files stay."
+        "variants and aliases go with them, their files stay. One with adapters, or that guesses for another, is not "
+        "removed."
     )
     examples = (
         "models",
@@ -47,7 +50,7 @@ class Command(HouseCommand):
         if action != "list" and not chosen:
             self.fail("model_missing", f"Say which: models {action} NAME.")
         if action == "remove":
-            model_rows.remove(pks)
+            self._remove(pks)
             return {"removed": [row.name for row in chosen]}
         if action == "default":
             if len(chosen) != 1:
@@ -58,6 +61,13 @@ class Command(HouseCommand):
         rows = ServedModel.objects.select_related("draft_model").order_by("name")
         found = registry.with_active_variants(rows.filter(pk__in=pks) if pks else rows)
         return {"models": [as_row(row) for row in found]}
+
+    def _remove(self, pks: list[int]) -> None:
+        try:
+            model_rows.remove(pks)
+        except ProtectedError as error:
+            named = sorted({f"{row._meta.verbose_name} {row}" for row in error.protected_objects})
+            self.fail("model_in_use", f"Nothing was removed, it is needed by: {', '.join(named[:MOST_NAMED])}.")
 
     def show(self, result: dict[str, Any]) -> None:
         if "removed" in result:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from django.core.management.base import CommandError, CommandParser
+from django.core.management.base import CommandParser
 from rich.table import Table
 
 from accounts.management.base import WIDE, HouseCommand
+from accounts.management.help import INTERRUPTED
 from inference.management.naming import model_named
-from inference.management.steps import INTERRUPTED, following, interruptible
+from inference.management.steps import following, interruptible
 from inference.tuning import desk, formats, optimizer, report
 from inference.tuning.models import BOUNDS, Optimization
 from inference.vetting.inspection import RegistrationError
@@ -106,8 +107,8 @@ class Command(HouseCommand):
                 if not options["background"]:
                     with following(self._wide_console(), hidden=self.as_json) as watch:
                         optimizer.work(row, threading.Event(), watch)
-            except KeyboardInterrupt as error:
-                raise CommandError("Stopped; nothing was changed or left behind.", returncode=INTERRUPTED) from error
+            except KeyboardInterrupt:
+                self.fail("interrupted", "Stopped; nothing was changed or left behind.", status=INTERRUPTED)
             except RegistrationError as error:
                 self.fail(error.code, error.message)
         row.refresh_from_db()

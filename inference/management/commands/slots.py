@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import redis
@@ -16,7 +18,7 @@ from accounts.trail.refusals import Refusal
 from inference.management.naming import model_named
 from inference.models import ServedModel
 from inference.slots import holdings
-from inference.slots.holdings import Disk, Holdings, Loaded
+from inference.slots.holdings import Answer, Disk, Holdings, Loaded
 
 ACTIONS = ("list", "erase", "forget")
 
@@ -49,25 +51,32 @@ class Command(HouseCommand):
         try:
             found = _told(holdings.look(), tenant, model, options)
             if options["action"] == "erase" and tenant is not None:
-                return {"erased": self._erase(tenant, found["slots"])}
+                return self._dropped("erased", "slots", found, partial(_erase, tenant))
             if options["action"] == "forget" and tenant is not None:
-                return {"forgotten": self._forget(tenant, found["states"])}
+                return self._dropped("forgotten", "states", found, partial(_forget, tenant))
         except redis.RedisError:
             self.fail("redis_unreachable", "Redis does not answer: what workers hold is unknown.")
-        except Refusal as refusal:
-            self.fail(refusal.code, refusal.message)
         return found
 
-    def _erase(self, tenant: Tenant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        models = {row.pk: row for row in ServedModel.objects.filter(pk__in={each["model_id"] for each in rows})}
-        return [
-            {**row, "tokens": holdings.erase(tenant, row["worker"], models[row["model_id"]], row["number"])}
-            for row in rows
-            if row["model_id"] in models
-        ]
-
-    def _forget(self, tenant: Tenant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row for row in rows if holdings.forget(tenant, row["worker"], row["name"])]
+    def _dropped(
+        self, word: str, kind: str, found: dict[str, list[dict[str, Any]]], drop: Callable[[dict[str, Any]], Any]
+    ) -> dict[str, Any]:
+        """Each row for itself. A worker that did not answer, or refused, may hold something yet: then the command has
+        failed, and says what is done. Raises redis.RedisError."""
+        done = []
+        problems = [each for each in found["problems"] if each["of"] == kind]
+        for row in found[kind]:
+            try:
+                told = drop(row)
+            except Refusal as refusal:
+                problems.append(_problem(kind, row["worker"], row["model"], refusal))
+            else:
+                done += [told] if told else []
+        if problems:
+            first = problems[0]
+            text = f"{len(done)} {word}, and perhaps not all: {first['worker']}: {first['message']}"
+            self.fail(first["code"], text, problems=problems, done=done)
+        return {word: done}
 
     def show(self, result: dict[str, Any]) -> None:
         if "erased" in result:
@@ -110,6 +119,23 @@ class Command(HouseCommand):
             self.print_table(table)
 
 
+def _erase(tenant: Tenant, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row, with the tokens that it held; None for a model that is served no more. Raises Refusal."""
+    model = ServedModel.objects.filter(pk=row["model_id"]).first()
+    if model is None:
+        return None
+    return {**row, "tokens": holdings.erase(tenant, row["worker"], model, row["number"])}
+
+
+def _forget(tenant: Tenant, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row; None where it was gone. Raises Refusal."""
+    return row if holdings.forget(tenant, row["worker"], row["name"]) else None
+
+
+def _problem(kind: str, worker: str, model: str | None, refusal: Refusal) -> dict[str, Any]:
+    return {"of": kind, "worker": worker, "model": model, "code": refusal.code, "message": refusal.message}
+
+
 def _told(
     found: Holdings, tenant: Tenant | None, model: ServedModel | None, options: dict[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
@@ -124,18 +150,27 @@ def _told(
         "name": options["state"],
     }
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    told = [(each.worker, each.answer) for each in found.loaded] + [(each.worker, each.answer) for each in found.disks]
-    problems = [(worker, answer) for worker, answer in told if isinstance(answer, Refusal)]
+    told: list[tuple[str, str, str | None, Answer]]
+    told = [("slots", each.worker, each.report["name"], each.answer) for each in found.loaded]
+    told += [("states", each.worker, None, each.answer) for each in found.disks]
+    problems = [
+        _problem(kind, worker, name, answer) for kind, worker, name, answer in told if isinstance(answer, Refusal)
+    ]
     return {
         "slots": [row for row in slots if _fits(row, wanted)],
         "states": [row for row in states if _fits(row, wanted)],
-        "problems": [{"worker": worker, "code": each.code, "message": each.message} for worker, each in problems],
+        "problems": [each for each in problems if _may_fit(each, wanted)],
     }
 
 
 def _fits(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """A row that has nothing of that name is not meant."""
     return all(name in row and row[name] == value for name, value in wanted.items())
+
+
+def _may_fit(problem: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether something that is meant may be where nobody answered."""
+    return all(problem[name] in (None, wanted[name]) for name in ("worker", "model") if name in wanted)
 
 
 def _slots(loaded: Loaded, found: Holdings) -> list[dict[str, Any]]:

@@ -3,12 +3,14 @@
 (() => {
   const EVERY_SECONDS = 1;
   const MOST_TRIES = 5;
+  class SignedOut extends Error {}
   const sleep = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
 
   // The state of it, as the server words it. It replaces the element; null where it cannot be had.
   async function refreshed(box) {
     const answer = await fetch(box.dataset.state, { headers: { "X-Requested-With": "fetch" } });
-    if (answer.redirected || !answer.ok) return null;
+    if (answer.redirected) throw new SignedOut();
+    if (!answer.ok) return null;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const fresh = page.body.firstElementChild;
     box.replaceWith(fresh);
@@ -24,8 +26,9 @@
         if (!fresh) return;
         if (!("open" in fresh.dataset)) return location.reload(); // what else the page says has changed with it
         box = fresh;
-      } catch { // the site is away for a moment
-        await sleep(EVERY_SECONDS);
+      } catch (error) {
+        if (error instanceof SignedOut) return location.reload(); // to the sign-in, and back here
+        await sleep(EVERY_SECONDS); // the site is away for a moment
       }
     }
   }
@@ -60,9 +63,18 @@
     const isSame = localStorage.getItem(name) === mark;
     localStorage.setItem(name, mark);
     const box = document.querySelector("[data-state]");
-    const fresh = box && (await refreshed(box));
+    const fresh = box && (await refreshed(box).catch((error) => {
+      if (!(error instanceof SignedOut)) throw error;
+      return null; // the page's token is good for hours: the file comes from its beginning
+    }));
     const received = fresh ? Number(fresh.dataset.received) : 0;
     return isSame && received < file.size ? received : 0;
+  }
+
+  // Whether another try may find it otherwise: for a while the server still holds what came by a connection that broke.
+  function mayPass({ status }) {
+    const box = document.querySelector("[data-state]");
+    return status === 0 || status === 408 || status >= 500 || (status === 409 && box !== null && "open" in box.dataset);
   }
 
   async function uploadFile(upload) {
@@ -75,6 +87,7 @@
       bar.value = (100 * sent) / file.size;
       words.textContent = `${Math.floor((100 * sent) / file.size)} %`;
     };
+    let told = "";
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       let answer = { status: 0, text: "" };
       try {
@@ -82,15 +95,12 @@
       } catch { // the site is away: as when the connection breaks
       }
       if (answer.status === 200) return location.reload();
-      if (answer.status !== 0 && answer.status < 500) {
-        words.textContent = wordsOf(answer);
-        button.disabled = false;
-        return;
-      }
+      told = answer.status === 0 ? "The connection broke. Upload it again to go on after what is there." : wordsOf(answer);
+      if (!mayPass(answer)) break;
       words.textContent = "The connection broke; it goes on in a moment.";
       await sleep(2 ** tries);
     }
-    words.textContent = "The connection broke. Upload it again to go on after what is there.";
+    words.textContent = told;
     button.disabled = false;
   }
 

@@ -86,5 +86,7 @@ def test_ctrl_c_keeps_what_has_come_and_the_same_command_goes_on(
     assert stopped.value.returncode == 130
     row = ModelImport.objects.get()
     assert row.is_open and quarantine.received(row.pk) == 100
+    with pytest.raises(CommandError, match="with other options"):
+        call_command("fetch_model", f"{server}/a.gguf", "--sha256", "a" * 64)
     assert fetched(f"{server}/a.gguf")["id"] == row.pk
     assert shelf.asked[-1][1] == "bytes=100-" and ServedModel.objects.get().name == "a"

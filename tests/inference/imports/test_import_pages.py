@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import Membership, StaffRole
-from inference.imports import desk, quarantine
+from inference.imports import desk, importer, quarantine
 from inference.imports.admin import shown
 from inference.imports.models import ModelImport
 from inference.models import ServedModel
@@ -110,3 +111,33 @@ def test_auditors_look_and_do_nothing_and_people_of_tenants_see_nothing(
     assert all(client.get(page).status_code in (403, 404) for page in (*pages, state, ADD))
     client.logout()
     assert client.get(state).status_code == 302
+
+
+def test_an_import_is_cancelled_from_its_page_while_it_is_open(console: Client) -> None:
+    added(console)
+    row = ModelImport.objects.get()
+    page, button = (reverse(f"admin:inference_modelimport_{name}", args=[row.pk]) for name in ("change", "cancel_this"))
+    assert f'formaction="{button}"' in console.get(page).content.decode()
+    assert console.get(button).status_code == 405
+    assert "It is cancelled" in console.post(button, follow=True).content.decode()
+    row.refresh_from_db()
+    assert row.state == "cancelled"
+    told = console.post(button, follow=True).content.decode()
+    assert "had ended already" in told and "formaction" not in told
+    auditor = User.objects.create_user("auditor")
+    StaffRole.objects.create(user=auditor, role=StaffRole.Role.AUDITOR)
+    console.force_login(auditor)
+    assert console.post(button).status_code == 403
+
+
+def test_a_signed_address_is_shown_without_its_signature(console: Client, server: str) -> None:
+    added(console, url=f"{server}/none.gguf?X-Signature=s3cret")
+    row = ModelImport.objects.get()
+    importer.work(row, threading.Event())
+    row.refresh_from_db()
+    assert row.state == "refused" and "/none.gguf?… answered 404" in row.problem
+    auditor = User.objects.create_user("auditor")
+    StaffRole.objects.create(user=auditor, role=StaffRole.Role.AUDITOR)
+    console.force_login(auditor)
+    text = console.get(reverse("admin:inference_modelimport_change", args=[row.pk])).content.decode()
+    assert "/none.gguf?…" in text and "s3cret" not in text + console.get(LIST).content.decode()
