@@ -30,6 +30,7 @@ STANDING = frozenset({"generation_timeout", "request_cancelled", "grammar_dead_e
 """Ends without an answer that may be charged: then they are the answer. Any other error is about this attempt alone."""
 KEPT_HEADERS = (
     "content-type",
+    "location",
     "x-cache",
     "x-quota-clamped",
     "server-timing",
@@ -94,7 +95,7 @@ class Repeating:
         return await asyncio.shield(asyncio.ensure_future(self._run(run, self._view)))
 
     async def _send_first(self, stream: EventStream) -> HttpResponseBase:
-        """Of the completion cache: it has no ticket by which others could word it again, so it is filed whoever goes."""
+        """Of the completion cache: no ticket is there to word it again from, so it is filed whoever goes."""
         return self._to_the_end(stream, self._view)
 
     # Those behind it

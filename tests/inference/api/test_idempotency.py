@@ -362,6 +362,21 @@ async def test_what_is_to_be_made_to_its_end_needs_no_reader() -> None:
     assert [part async for part in read] == made
 
 
+def test_a_background_request_is_given_again_and_kept_as_long_as_any(
+    site: InProcessSite, alice: Client, valkey_connection: Any, settings: Any
+) -> None:
+    body = {**DIALECTS["/v1/generate"], "background": True}
+    header = key_header()
+    first, again = (alice.post("/v1/generate", json=body, headers=header) for _ in range(2))
+    assert (again.status_code, again.content) == (202, first.content)
+    assert again.headers["location"] == first.headers["location"] == first.json()["links"]["self"]
+    streamed = alice.post("/v1/generate", json={**body, "stream": True}, headers=key_header())
+    site.settle()
+    for key in ("ticket", "gen"):
+        left = valkey_connection.ttl(f"{key}:{streamed.headers['x-request-id']}")
+        assert left > settings.CONFIG.stream_kept_seconds, key
+
+
 # Records
 
 
