@@ -127,6 +127,16 @@ def test_adapters_have_numbers_and_a_default_of_the_tenant_alone(site: InProcess
     assert error_of(alice.post("/lora-adapters", json={}), 400)["message"] == "Request body must be an array"
 
 
+def test_the_echo_has_the_adapter_in_the_models_name(site: InProcessSite, make: Any) -> None:
+    make("poet", site.cast.alice)
+    alice = site.client(site.cast.alice)
+    alice.post("/lora-adapters", json=[{"id": 0, "scale": 0.5}])
+    whole = {"id": 0, "scale": 1.0}
+    for fields, lora in (({"model": f"{MODEL}:poet"}, [whole]), ({"lora": [whole]}, [whole]), ({"lora": []}, [])):
+        assert complete(alice, **fields).json()["generation_settings"]["lora"] == lora
+    assert complete(alice).json()["generation_settings"]["lora"] == [{"id": 0, "scale": 0.5}]
+
+
 def test_charlie_sees_no_adapters(site: InProcessSite, make: Any) -> None:
     make("poet", site.cast.alice)
     charlie = site.client(site.cast.charlie)
