@@ -148,6 +148,12 @@ LLAMACPP_PREDICTED_RATE = Gauge(
 LLAMACPP_PROCESSING = Gauge(
     "llamacpp:requests_processing", "Requests in a slot.", ["model_id"], multiprocess_mode="livesum"
 )
+LLAMACPP_MOST_TOKENS = Gauge(
+    "llamacpp:n_tokens_max",
+    "Most tokens that a slot held at the end of a request.",
+    ["model_id"],
+    multiprocess_mode="livemax",
+)
 LLAMACPP_DEFERRED = Gauge(
     "llamacpp:requests_deferred",
     "Requests that wait for a slot of any model.",

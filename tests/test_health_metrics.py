@@ -110,6 +110,7 @@ def test_llama_cpps_names_are_there_and_count(site: InProcessSite) -> None:
     assert grown("llamacpp:prompt_seconds_total") > 0
     assert grown("llamacpp:tokens_predicted_seconds_total") > 0
     assert value(after, "llamacpp:n_busy_slots_per_decode", model_id=MODEL) == 1
+    assert value(after, "llamacpp:n_tokens_max", model_id=MODEL) >= 43
     for name in ("prompt_tokens_seconds", "predicted_tokens_seconds"):
         assert value(after, f"llamacpp:{name}", model_id=MODEL) > 0
     families = {family.name for family in text_string_to_metric_families(after)}

@@ -14,6 +14,7 @@ from typing import Any
 from django.conf import settings
 
 from accounts.trail.refusals import Refusal
+from inference.api import cancelling
 from inference.engine.types import TokenProbs
 from inference.transport.completion_cache import Completion
 from inference.transport.stream import SlowFollower, StreamEvent, StreamReader
@@ -194,7 +195,8 @@ def events_of_cached(found: Completion) -> tuple[StreamEvent, Ending, str]:
 async def follow(request_id: str, *, is_replay: bool = False) -> AsyncGenerator[StreamEvent]:
     """The start, deltas and the end. is_replay: much may be there already.
 
-    Raises Refusal if the stream breaks off, or if its reader here was too slow.
+    Raises Refusal if the stream breaks off, or if its reader here was too slow: then that reader has left it, as no
+    Refusal is taken for a client that goes.
     """
     last_id = "0"
     try:
@@ -210,5 +212,6 @@ async def follow(request_id: str, *, is_replay: bool = False) -> AsyncGenerator[
                 if event.kind == "finished":
                     return
     except SlowFollower as error:
+        cancelling.leave_soon(request_id)
         raise Refusal("client_too_slow", "The events were not read in time.") from error
     raise failure(Ending("error", error="request_lost"))

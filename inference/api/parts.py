@@ -178,12 +178,9 @@ def _num_at_once(parts: Parts) -> int:
 
 
 def drop(answer: Admitted | CachedAnswer) -> None:
-    """Undo an admission; what others have asked for is theirs, and a batch comes back for its own."""
-    if not isinstance(answer, Admitted) or answer.ticket.is_batch:
-        return
-    if answer.is_replay:
-        cancelling.leave(answer.ticket.request_id)
-    else:
+    """Undo an admission. A batch comes back for its own, and one more reader of what others have asked for leaves it by
+    himself (replaying.py): who leaves twice takes another along."""
+    if isinstance(answer, Admitted) and not answer.ticket.is_batch and not answer.is_replay:
         cancelling.cancel(answer.ticket.request_id)
 
 

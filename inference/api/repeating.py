@@ -30,6 +30,7 @@ STANDING = frozenset({"generation_timeout", "request_cancelled", "grammar_dead_e
 """Ends without an answer that may be charged: then they are the answer. Any other error is about this attempt alone."""
 KEPT_HEADERS = (
     "content-type",
+    "location",
     "x-cache",
     "x-quota-clamped",
     "server-timing",
@@ -77,9 +78,9 @@ class Repeating:
         if isinstance(outcome, Later):
             return Later(partial(self._run_first, outcome.run), abandon=partial(self._abandoned, outcome.abandon))
         if isinstance(outcome, EventStream):
-            outcome.frames = self._overheard(outcome.frames, outcome, self._view)
-        else:
-            self._file(outcome, self._view)
+            release = partial(records().release, self.place, self._request_id)
+            return Later(partial(self._send_first, outcome), abandon=release)
+        self._file(outcome, self._view)
         return outcome
 
     def _abandoned(self, abandon: Callable[[], object]) -> None:
@@ -92,6 +93,10 @@ class Repeating:
         if self._view.is_followable:
             return await self._run(run, self._view)
         return await asyncio.shield(asyncio.ensure_future(self._run(run, self._view)))
+
+    async def _send_first(self, stream: EventStream) -> HttpResponseBase:
+        """Of the completion cache: no ticket is there to word it again from, so it is filed whoever goes."""
+        return self._to_the_end(stream, self._view)
 
     # Those behind it
 
@@ -130,12 +135,17 @@ class Repeating:
             response = await run()
         except Exception as error:  # noqa: BLE001 - told by the view, after the key is free again
             response = view.refused(error)
+        if isinstance(response, EventStream) and not view.is_followable:
+            return self._to_the_end(response, view)
         if isinstance(response, EventStream):
             response.frames = self._overheard(response.frames, response, view)
-            if not view.is_followable:
-                response.frames, response.abandon = _to_the_end(response.frames), lambda: None
         else:
             await shared_hop().run(partial(self._file, response, view), abandon=lambda _: None)
+        return response
+
+    def _to_the_end(self, response: EventStream, view: ReplayableView) -> EventStream:
+        response.frames = made_to_the_end(self._overheard(response.frames, response, view))
+        response.abandon = lambda: None
         return response
 
     async def _overheard(
@@ -198,8 +208,8 @@ def _given(answer: Answer, request_id: str) -> HttpResponseBase:
     return HttpResponse(answer.body, status=answer.status, content_type=content_type, headers=headers)
 
 
-async def _to_the_end(frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """As they come; they are made to their end also when nobody reads them any more."""
+def made_to_the_end(frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """As they come; from now on they are made to their end, also when nobody reads them, or ever did."""
     queue: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def pump() -> None:
@@ -213,6 +223,10 @@ async def _to_the_end(frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     task = asyncio.ensure_future(pump())
     _pumps.add(task)
     task.add_done_callback(_pumps.discard)
+    return _read(queue)
+
+
+async def _read(queue: asyncio.Queue[bytes | None]) -> AsyncGenerator[bytes]:
     while (part := await queue.get()) is not None:
         yield part
 

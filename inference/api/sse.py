@@ -18,6 +18,8 @@ from inference.transport.holding import Position
 
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 10.0
+LINE_BREAKS = tuple((break_.encode(), b"\\u%04x" % ord(break_)) for break_ in "\x85\u2028\u2029")
+"""Of Unicode, which JSON leaves as they are and SSE takes for text; some readers of lines split events at them."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -28,7 +30,11 @@ def frame(data: Any, *, event: str | None = None, event_id: str | None = None) -
         head += b"id: " + event_id.encode() + b"\n"
     if event:
         head += b"event: " + event.encode() + b"\n"
-    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+    body = orjson.dumps(data)
+    for line_break, spelled in LINE_BREAKS:
+        if line_break in body:
+            body = body.replace(line_break, spelled)
+    return head + b"data: " + body + b"\n\n"
 
 
 def numbered(said: bytes, event_id: str) -> list[tuple[Position, bytes]]:

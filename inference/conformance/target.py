@@ -47,8 +47,8 @@ class Answer:
         if not kind.startswith("text/event-stream"):
             raise Unmet(f"content-type {kind!r} is no stream: {self.data[:MAX_SHOWN]!r}")
         found, event = [], ""
-        for line in self.data.decode("utf-8", "replace").splitlines():
-            name, _, value = line.partition(":")
+        for line in self.data.splitlines():  # of bytes: as text it would be split at Unicode's own line breaks, too
+            name, _, value = line.decode("utf-8", "replace").partition(":")
             if name == "event":
                 event = value.strip()
             elif name == "data":

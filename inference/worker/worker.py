@@ -510,6 +510,7 @@ class WorkerHost:
             ticket.request_id,
             End(final, outcome.to_bytes(), before, num_computed=num_computed, num_generated=receipt.completion_tokens),
         )
+        worker_metrics.held(ticket.model_name, receipt.held_tokens)
         if live.first_text_at is not None and not ticket.is_batch:  # nobody waited for that
             worker_metrics.first_token(ticket.model_name, live.first_text_at - ticket.created_at)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from inference import metrics
@@ -47,6 +48,17 @@ MAX_ADAPTER_SETS = 32
 
 def first_token(model: str, seconds: float) -> None:
     metrics.FIRST_TOKEN_SECONDS.labels(model).observe(max(0.0, seconds))
+
+
+_lock = threading.Lock()
+_most_tokens: dict[str, int] = {}
+
+
+def held(model: str, num_tokens: int) -> None:
+    """At the end of a request, on task threads."""
+    with _lock:
+        most = _most_tokens[model] = max(num_tokens, _most_tokens.get(model, 0))
+        metrics.LLAMACPP_MOST_TOKENS.labels(model).set(most)
 
 
 def memory(pool: str, models: Sequence[HostedModel], budget_bytes: float) -> None:

@@ -26,7 +26,7 @@ from inference.api.llamacpp.schemas import (
     TokenizeBody,
     TokenizeReply,
 )
-from inference.catalog import adapters, granting, registry
+from inference.catalog import adapters, granting
 from inference.catalog.served import Served
 from inference.engine.types import SamplingParams
 from inference.intake import admission
@@ -44,6 +44,11 @@ class ModelView(AsyncAPIView):
     error_reply = LlamaErrorReply
     scopes: ClassVar[tuple[str, ...]] = ("generate",)
 
+    def model(self, name: str | None) -> Served:
+        """By any name of the list of models: one with an adapter is the model, seen from here. Raises Refusal."""
+        served, _ = adapters.resolve_model(name, self.admit_to_view())
+        return served
+
 
 class TokenizeView(ModelView):
     """The tokens of a text."""
@@ -53,7 +58,7 @@ class TokenizeView(ModelView):
     @extend_schema(operation_id="tokenize", summary="Tokens of a text", request=TokenizeBody, responses=TokenizeReply)
     def post(self, request: Request) -> HttpResponse:
         body = self.parse(TokenizeBody)
-        served = registry.resolve(body.model, self.admit_to_view())
+        served = self.model(body.model)
         tokenizers = pool.tokenizer_pool()
         tokens = tokenizers.encode(served, body.content, add_special=bool(body.add_special))
         if not body.with_pieces:
@@ -74,7 +79,7 @@ class DetokenizeView(ModelView):
     )
     def post(self, request: Request) -> HttpResponse:
         body = self.parse(DetokenizeBody)
-        served = registry.resolve(body.model, self.admit_to_view())
+        served = self.model(body.model)
         return json_response({"content": pool.tokenizer_pool().decode(served, body.tokens, special=True)})
 
 
@@ -86,7 +91,7 @@ class LoraAdaptersView(ModelView):
     @extend_schema(operation_id="lora_adapters", summary="Adapters", parameters=[MODEL], responses={200: LoraReply})
     def get(self, request: Request) -> HttpResponse:
         principal = self.admit_to_view()
-        served = registry.resolve(request.query_params.get("model"), principal)
+        served = self.model(request.query_params.get("model"))
         scales = {adapter.id: scale for adapter, scale in adapters.default_vector(principal, served)}
         content = [
             {
@@ -110,7 +115,7 @@ class LoraAdaptersView(ModelView):
     def post(self, request: Request) -> HttpResponse:
         body = self.parse(LoraVectorBody)
         principal = self.admit_to_view()
-        served = registry.resolve(request.query_params.get("model"), principal)
+        served = self.model(request.query_params.get("model"))
         granting.set_default_vector(principal, served, body.wanted())
         return json_response({"success": True})
 
@@ -123,7 +128,7 @@ class PropsView(ModelView):
     @extend_schema(operation_id="props", summary="Properties of a model", parameters=[MODEL], responses=PropsReply)
     def get(self, request: Request) -> HttpResponse:
         principal = self.admit_to_view()
-        served = registry.resolve(request.query_params.get("model"), principal)
+        served = self.model(request.query_params.get("model"))
         content = {
             "default_generation_settings": {
                 "n_ctx": admission.context_of(principal, served),

@@ -18,7 +18,6 @@ from accounts.trail.refusals import Refusal
 from inference.api.async_view import Later, json_response
 from inference.api.llamacpp.model_views import MODEL, ModelView
 from inference.api.llamacpp.slot_schemas import SlotActionReply, SlotFileBody, SlotsReply, is_label
-from inference.catalog import registry
 from inference.catalog.served import Served
 from inference.intake import admission
 from inference.models import ServedModel
@@ -47,7 +46,7 @@ class SlotsView(ModelView):
     )
     def get(self, request: Request) -> Later:
         principal = self.admit_to_view()
-        served = registry.resolve(request.query_params.get("model"), principal)
+        served = self.model(request.query_params.get("model"))
         worker_id, model = slot_actions.worker_of(served)
         sees_all = OPERATOR in principal.scopes
         order = SlotOrder(
@@ -119,7 +118,7 @@ class SlotActionView(ModelView):
         if not settings.CONFIG.slot_disk_mb:
             raise Refusal("capability_disabled", "This server does not save slots: SLOT_DISK_MB is 0.")
         principal = self.admit_to_view()
-        served = registry.resolve(request.query_params.get("model"), principal)
+        served = self.model(request.query_params.get("model"))
         number = _number(id_slot, served)
         action = request.query_params.get("action", "")
         if action not in ACTIONS:

@@ -9,7 +9,6 @@ from rest_framework.request import Request
 from inference.api.async_view import json_response
 from inference.api.llamacpp.model_views import ModelView
 from inference.api.llamacpp.template_schemas import ApplyTemplateBody, ApplyTemplateReply
-from inference.catalog import registry
 from inference.tokenizers import pool
 
 
@@ -26,6 +25,6 @@ class ApplyTemplateView(ModelView):
     )
     def post(self, request: Request) -> HttpResponse:
         body = self.parse(ApplyTemplateBody)
-        served = registry.resolve(body.model, self.admit_to_view())
+        served = self.model(body.model)
         prompt = body.chat_prompt(body.messages)
         return json_response({"prompt": pool.tokenizer_pool().render(served, served.template_for(prompt), prompt)})

@@ -194,8 +194,7 @@ def _texts(body: SamplingBody, prompts: list[Prompt], served: Served) -> tuple[s
 
 
 def _settings(body: SamplingBody, sampling: SamplingParams, principal: Principal, served: Served) -> dict[str, Any]:
-    """Blocking: the tenant's default vector may have to be read."""
-    default = [(adapter.position, scale) for adapter, scale in adapters.default_vector(principal, served)]
+    """Blocking: the tenant's adapters may have to be read."""
     return replies.generation_settings(
         sampling,
         decoding=body.decoding(),
@@ -204,5 +203,16 @@ def _settings(body: SamplingBody, sampling: SamplingParams, principal: Principal
         stream=bool(body.stream),
         timings_per_token=bool(body.timings_per_token),
         draft_kind=served.draft_kind,
-        lora=default if body.lora is None else [(each.id, each.scale) for each in body.lora],
+        lora=_scales(body, principal, served),
     )
+
+
+def _scales(body: SamplingBody, principal: Principal, served: Served) -> list[tuple[int, float]]:
+    """As admission sees it: an adapter in the model's name and those in the list add up; neither is the default. Which
+    version of an alias answers is known later, and not said."""
+    _, named = adapters.resolve_model(body.model, principal)
+    if named is None and body.lora is None:
+        return [(adapter.position, scale) for adapter, scale in adapters.default_vector(principal, served)]
+    granted = {each.name: each for each in adapters.granted(principal, served)}
+    found = [granted[name] for name, _ in named or () if name in granted]
+    return [(each.position, each.default_scale) for each in found] + [(each.id, each.scale) for each in body.lora or ()]

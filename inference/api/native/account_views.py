@@ -216,6 +216,8 @@ class RequestView(AsyncAPIView):
         state = ticket_queue().state(request_id)
         if state is None or state.tenant_id != principal.tenant_id:
             return _batch_or_nothing(principal, request_id)
+        if state.state == "done" and (receipt := find_receipt(principal, request_id)):
+            return self._ended(principal, receipt)  # it ended, or was settled, between two looks
         return json_response(
             {"id": request_id, "status": state.state, "position": state.position, "created_at": state.created_at}
         )

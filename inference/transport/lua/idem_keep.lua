@@ -35,7 +35,8 @@ while #oldest > 0 and tonumber(redis.call('HGET', sizes, 'total') or 0) + size >
   oldest = redis.call('ZRANGE', order, 0, 0)
 end
 redis.call('HSET', record, 'state', 'answered', 'status', ARGV[2], 'headers', ARGV[3], 'body', ARGV[4])
-if redis.call('HGET', 'ticket:' .. ARGV[1], 'state') == 'done' then
+local ticket = redis.call('HMGET', 'ticket:' .. ARGV[1], 'state', 'patience')
+if ticket[1] == 'done' and tonumber(ticket[2] or 0) >= 0 then -- one of the background is fetched by its own address, too
   redis.call('EXPIRE', 'ticket:' .. ARGV[1], ARGV[7], 'LT')
   redis.call('EXPIRE', 'gen:' .. ARGV[1], ARGV[7], 'LT')
 end

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import threading
+import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +19,14 @@ import orjson
 import pytest
 
 from accounts.ledger.audit import audit
-from inference.api import presence
-from inference.intake import idempotency
+from inference.api import presence, repeating
+from inference.api.hop import shared_hop
+from inference.intake import admission, idempotency
 from inference.models import Receipt
 from inference.transport.queue import ticket_queue
 from tests.in_process import MODEL, Client, FakeSpeed, InProcessSite, wait_until
 from tests.openai_calls import HELLO, sdk
+from tests.timing import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.api, pytest.mark.integration]
 
@@ -281,6 +286,95 @@ def test_several_answers_are_made_to_their_end_without_the_first(site: InProcess
         assert again.status_code == 200, again.text
         assert again.headers["idempotent-replayed"] == "true"
     assert [receipt.completion_tokens for receipt in receipts(site)] == [60] * 4
+
+
+def leave_after(
+    site: InProcessSite, path: str, body: dict[str, Any], header: dict[str, str], wait: Callable[[], Any]
+) -> None:
+    """Send a request of Alice's, and close its connection when `wait` returns."""
+    content = orjson.dumps(body)
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: x",
+        f"X-API-Key: {site.cast.alice.text}",
+        f"Content-Length: {len(content)}",
+    ]
+    lines += [f"{name}: {value}" for name, value in header.items()]
+    host, port = site.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + content)
+        wait()
+    time.sleep(0.1)  # the server has seen it
+
+
+def test_a_stream_of_several_is_made_to_its_end_also_for_who_never_saw_a_word_of_it(
+    site: InProcessSite, alice: Client
+) -> None:
+    """As long as nothing is said there is no stream that somebody could go on reading: it is made all the same."""
+    site.stop_worker()
+    header, path = key_header(), "/v1/completions"
+    body = {"prompt": "one two", "max_tokens": 90, "n": 2, "temperature": 0, "stream": True}
+    leave_after(site, path, body, header, lambda: wait_until(lambda: ticket_queue().num_waiting("default") == 2))
+    site.start_worker()
+    again = alice.post(path, json=body, headers=header)
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true"), again.text
+    assert again.text.endswith("data: [DONE]\n\n")
+    assert [receipt.completion_tokens for receipt in receipts(site)] == [90] * 2
+    assert site.charged(site.cast.alice) == (2 + 2 * 90, 0)
+
+
+def test_who_goes_before_a_cached_stream_comes_may_ask_again(
+    site: InProcessSite, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, body = key_header(), {**DIALECTS["/v1/generate"], "cache": True, "stream": True}
+    said = text_of(alice.post("/v1/generate", json=body))
+    site.settle()
+    entered, go_on = threading.Event(), threading.Event()
+    admit = admission.admit
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        entered.set()
+        go_on.wait(PATIENCE_SECONDS)
+        return admit(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(admission, "admit", held)
+        leave_after(site, "/v1/generate", body, header, lambda: entered.wait(PATIENCE_SECONDS))
+        go_on.set()
+        wait_until(lambda: shared_hop().num_pending == 0)
+    again = alice.post("/v1/generate", json=body, headers=header)
+    assert (again.status_code, again.headers["x-cache"], text_of(again)) == (200, "hit", said)
+
+
+async def test_what_is_to_be_made_to_its_end_needs_no_reader() -> None:
+    made: list[bytes] = []
+
+    async def frames() -> AsyncGenerator[bytes]:
+        for part in (b"one", b"two"):
+            await asyncio.sleep(0)
+            made.append(part)
+            yield part
+
+    read = repeating.made_to_the_end(frames())
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert made == [b"one", b"two"]
+    assert [part async for part in read] == made
+
+
+def test_a_background_request_is_given_again_and_kept_as_long_as_any(
+    site: InProcessSite, alice: Client, valkey_connection: Any, settings: Any
+) -> None:
+    body = {**DIALECTS["/v1/generate"], "background": True}
+    header = key_header()
+    first, again = (alice.post("/v1/generate", json=body, headers=header) for _ in range(2))
+    assert (again.status_code, again.content) == (202, first.content)
+    assert again.headers["location"] == first.headers["location"] == first.json()["links"]["self"]
+    streamed = alice.post("/v1/generate", json={**body, "stream": True}, headers=key_header())
+    site.settle()
+    for key in ("ticket", "gen"):
+        left = valkey_connection.ttl(f"{key}:{streamed.headers['x-request-id']}")
+        assert left > settings.CONFIG.stream_kept_seconds, key
 
 
 # Records

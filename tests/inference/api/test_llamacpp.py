@@ -127,6 +127,16 @@ def test_adapters_have_numbers_and_a_default_of_the_tenant_alone(site: InProcess
     assert error_of(alice.post("/lora-adapters", json={}), 400)["message"] == "Request body must be an array"
 
 
+def test_the_echo_has_the_adapter_in_the_models_name(site: InProcessSite, make: Any) -> None:
+    make("poet", site.cast.alice)
+    alice = site.client(site.cast.alice)
+    alice.post("/lora-adapters", json=[{"id": 0, "scale": 0.5}])
+    whole = {"id": 0, "scale": 1.0}
+    for fields, lora in (({"model": f"{MODEL}:poet"}, [whole]), ({"lora": [whole]}, [whole]), ({"lora": []}, [])):
+        assert complete(alice, **fields).json()["generation_settings"]["lora"] == lora
+    assert complete(alice).json()["generation_settings"]["lora"] == [{"id": 0, "scale": 0.5}]
+
+
 def test_charlie_sees_no_adapters(site: InProcessSite, make: Any) -> None:
     make("poet", site.cast.alice)
     charlie = site.client(site.cast.charlie)
@@ -155,3 +165,33 @@ def test_the_completion_cache_is_used_where_it_is_asked_for(site: InProcessSite)
     assert again.headers["x-cache"] == "hit"
     assert again.json()["content"] == first.json()["content"]
     assert "".join(each["content"] for each in stream(alice, cache=True)) == first.json()["content"]
+
+
+def test_a_name_of_the_list_of_models_is_one_for_every_route(site: InProcessSite, make: Any) -> None:
+    """A model with an adapter has the tokens, the template and the slots of the model."""
+    make("poet", site.cast.alice)
+    alice, bob = site.client(site.cast.alice), site.client(site.cast.bob)
+    name = f"{MODEL}:poet"
+    assert name in {each["id"] for each in alice.get("/v1/models").json()["data"]}
+    calls: list[tuple[str, str, Any]] = [
+        ("POST", "/tokenize", {"content": "once upon"}),
+        ("POST", "/detokenize", {"tokens": [5, 6]}),
+        ("POST", "/apply-template", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("GET", "/props", None),
+        ("GET", "/slots", None),
+        ("GET", "/lora-adapters", None),
+        ("POST", "/lora-adapters", []),
+        ("POST", "/slots/0?action=erase", None),
+    ]
+    for method, path, body in calls:
+
+        def ask(client: Any, model: str, method: str = method, path: str = path, body: Any = body) -> Any:
+            named = {"json": {**body, "model": model}} if isinstance(body, dict) else {"json": body}
+            mark = "&" if "?" in path else "?"
+            return client.request(method, path if isinstance(body, dict) else f"{path}{mark}model={model}", **named)
+
+        assert ask(alice, name).json() == ask(alice, MODEL).json(), path
+        assert ask(alice, name).status_code == 200
+        assert error_of(ask(bob, name), 404)["message"] == error_of(ask(bob, f"{MODEL}:x"), 404)["message"].replace(
+            f"{MODEL}:x", name
+        )

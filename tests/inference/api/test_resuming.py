@@ -12,10 +12,12 @@ import orjson
 import pytest
 
 from accounts.ledger.audit import audit
+from accounts.trail.refusals import Refusal
 from inference.api.sse import frame, numbered, position_of
+from inference.conformance.target import Answer
 from inference.models import Receipt
 from inference.transport.queue import ticket_queue
-from tests.in_process import Client, FakeSpeed, InProcessSite, wait_until
+from tests.in_process import MODEL, OTHER_MODEL, Client, FakeSpeed, InProcessSite, wait_until
 from tests.openai_calls import HELLO
 
 pytestmark = [pytest.mark.api, pytest.mark.integration]
@@ -128,6 +130,14 @@ def test_frames_of_one_event_have_ids_of_their_own() -> None:
     assert numbered(b"", "5-0") == []
 
 
+def test_a_line_of_an_event_is_one_line_for_every_reader() -> None:
+    text = "a\x85b\u2028c\u2029d\x0be\nf"
+    (line,) = frame({"text": text}).decode().rstrip("\n").splitlines()
+    assert orjson.loads(line.removeprefix("data: ")) == {"text": text}
+    raw = f'data: {{"text":"{text[:6]}"}}\n\n'.encode()  # as another server writes it
+    assert Answer(200, {"content-type": "text/event-stream"}, raw).objects() == [{"text": text[:6]}]
+
+
 def test_a_plain_stream_can_be_read_again_up_to_its_cut(site: InProcessSite, alice: Client) -> None:
     """A closed connection cancels; what was generated until then is there, and how it ended."""
     site.stop_worker()
@@ -152,6 +162,74 @@ def test_a_second_reader_keeps_a_plain_stream_alive(site: InProcessSite, alice: 
             next(reading)
             first.close()
             assert '"finish_reason":"length"' in list(reading)[-1][1]
+
+
+def test_a_reader_whom_nobody_can_answer_takes_no_other_along(
+    site: InProcessSite, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He joined once and leaves once, wherever it went wrong."""
+    from inference.api.llamacpp import views
+
+    site.stop_worker()
+    site.speed.seconds_per_step = 0.02
+    site.start_worker()
+
+    def busy(*_: Any) -> Any:
+        raise Refusal("service_unavailable", "All tokenizers are busy.", retry_after=1)
+
+    body = {**DIALECTS["/completion"], "stream": True}
+    with alice.stream("POST", "/completion", json=body) as first:
+        reading = frames(first)
+        next(reading)
+        with monkeypatch.context() as patch:
+            patch.setattr(views, "_texts", busy)
+            assert alice.get(f"/v1/requests/{first.headers['x-request-id']}/events").status_code == 503
+        assert '"stop_type":"limit"' in list(reading)[-1][1]
+
+
+def test_a_reader_who_is_too_slow_has_gone(site: InProcessSite, alice: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inference.transport import stream
+
+    site.stop_worker()
+    site.speed.seconds_per_step = 0.02
+    site.start_worker()
+    offer, offered = stream._Follower.offer, list[Any]()
+
+    def late(follower: stream._Follower, event: Any) -> None:
+        offer(follower, event)
+        offered.append(event)
+        follower.overflowed = len(offered) > 3
+
+    monkeypatch.setattr(stream._Follower, "offer", late)
+    _, found = read(alice, "/v1/generate", **{**DIALECTS["/v1/generate"], "max_new_tokens": 200})
+    assert orjson.loads(found[-1][1])["code"] == "client_too_slow"
+    wait_until(lambda: site.num_running() == 0)
+    site.settle()
+    receipt = Receipt.objects.get()
+    assert receipt.status == "cancelled"
+    assert receipt.completion_tokens < 200
+
+
+def test_what_named_no_model_is_worded_again_by_the_one_that_answered(site: InProcessSite) -> None:
+    """Another is the default by then, which this tenant may not even use."""
+    from inference.catalog import registry
+    from inference.models import ServedModel
+
+    bob = site.client(site.cast.bob)
+    for path, body in DIALECTS.items():
+        whole = bob.post(path, json=body).json()
+        links = bob.post(path, json={**body, "background": True}).json()["links"]
+        wait_until(lambda links=links: bob.get(links["self"]).json().get("receipt"))
+        ServedModel.objects.filter(name=MODEL).update(is_default=False)
+        ServedModel.objects.filter(name=OTHER_MODEL).update(is_default=True)
+        registry.forget()
+        assert bob.post(path, json=body).status_code == 404
+        answer = bob.get(links["self"]).json()["answer"]
+        assert (said(answer), answer["model"]) == (said(whole), MODEL)
+        assert text_of([*frames(bob.get(links["events"]))]) == said(whole)
+        ServedModel.objects.filter(name=OTHER_MODEL).update(is_default=False)
+        ServedModel.objects.filter(name=MODEL).update(is_default=True)
+        registry.forget()
 
 
 def test_only_the_tenant_resumes(site: InProcessSite, alice: Client) -> None:
@@ -232,6 +310,22 @@ def test_a_background_request_that_fails_says_why(site: InProcessSite, alice: Cl
     found = alice.get(links["self"]).json()
     assert found["status"] == "cancelled"
     assert found["answer"]["error"]["code"] == "request_cancelled"
+
+
+def test_what_is_settled_while_somebody_looks_has_a_receipt(
+    site: InProcessSite, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not in the database yet, and is not in Redis any more."""
+    from inference import settlement
+
+    links = alice.post("/completion", json={**DIALECTS["/completion"], "background": True}).json()["links"]
+    wait_until(lambda: alice.get(links["self"]).json().get("receipt"))
+    site.settle()
+    first, nothing = Receipt.objects.filter, Receipt.objects.none
+    looks = iter([nothing])
+    monkeypatch.setattr(Receipt.objects, "filter", lambda **which: next(looks, lambda: first(**which))())
+    monkeypatch.setattr(settlement, "pending", lambda *_: None)
+    assert alice.get(links["self"]).json()["answer"]["stop_type"] == "limit"
 
 
 def test_several_answers_do_not_go_on_in_the_background(alice: Client) -> None:
