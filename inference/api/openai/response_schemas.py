@@ -250,6 +250,7 @@ class ResponsesBody(ChatFields, TemplateFields):
 
 # Answers, for the OpenAPI document
 
+    cache_write_tokens: int = Field(description="0: holding tokens costs nothing.")
 
 class InputTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Held from earlier requests.")
