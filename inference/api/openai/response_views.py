@@ -309,10 +309,15 @@ def _looked_up(given: Sequence[GivenItem], principal: Principal) -> list[AnyItem
             num_read += 1
             known = {each.id: each for each in _items_around(item.id, principal)} | known
         if item.id not in known:
-            hint = f" Responses of this tenant are not stored: {SWITCH}." if principal.response_days is None else ""
-            raise wrong_field("input", f"Item with id '{item.id[:64]}' not found.{hint}")
+            raise wrong_field("input", f"Item with id '{item.id[:64]}' not found.{_why_none(principal)}")
         items.append(known[item.id])
     return items[::-1]
+
+
+def _why_none(principal: Principal) -> str:
+    if principal.response_days is not None:
+        return ""
+    return f" Responses of this tenant are not stored: send items whole, as clients do with store=false, or {SWITCH}."
 
 
 def _items_around(item_id: str, principal: Principal) -> list[AnyItem]:
