@@ -57,7 +57,7 @@ from inference.tokenizers import pool
 from inference.transport.queue import ticket_queue
 
 log = structlog.get_logger("llmsite.responses")
-MAX_REFERRED = 16
+MAX_REFERRED = 4
 """Stored responses that are read for the references of one request."""
 ITEM_ID = re.compile(r"[a-z]+_([0-9A-Za-z.-]{1,100})-(?:in)?[0-9]{1,5}")
 """Of an item that a response has made or listed: it has the request's."""
