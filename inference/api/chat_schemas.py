@@ -148,7 +148,7 @@ class CalledFunction(BaseModel):
     model_config = STRICT
 
     name: CalledName
-    arguments: Annotated[str, Field(max_length=MAX_JSON_CHARACTERS)] | SaidObject = "{}"
+    arguments: Annotated[str, Field(max_length=MAX_JSON_CHARACTERS)] | SaidObject = Field("{}", validate_default=True)
 
     @field_validator("arguments")
     @classmethod

@@ -202,6 +202,13 @@ def test_whatever_a_model_has_called_can_be_sent_back(site: InProcessSite) -> No
         assert f'"name": "{name}", "arguments": {told}' in response.json()["prompt"]
 
 
+def test_a_call_without_arguments_has_none(site: InProcessSite) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f"}}
+    response = apply(site.client(site.cast.alice), [HELLO, {"role": "assistant", "tool_calls": [call]}])
+    assert response.status_code == 200, response.text
+    assert '"name": "f", "arguments": {}' in response.json()["prompt"]
+
+
 def test_a_refusal_is_what_the_assistant_said(site: InProcessSite) -> None:
     alice = site.client(site.cast.alice)
     refusal = {"role": "assistant", "content": None, "refusal": "No.", "annotations": [{"type": "url_citation"}]}
