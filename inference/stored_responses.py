@@ -45,21 +45,21 @@ class Stored:
 
 
 def put(principal: Principal, items: Sequence[dict[str, Any]], response: dict[str, Any]) -> bool:
-    """Store it; False where it is too large, or the database does not take it. The answer stands either way."""
+    """Store it; False where it is too large, or the database does not take it. The answer stands either way.
+
+    An answer may be worded more than once, by whoever resumes its stream or asks for it again: it is stored once.
+    """
     text = orjson.dumps({"items": list(items), "response": response})
     content = zlib.compress(text)
     if len(text) > MAX_CONTENT_BYTES or len(content) > settings.CONFIG.responses_mb << 20:
         log.warning("a response is too large to be stored", response_id=response["id"], num_bytes=len(content))
         return False
     try:
+        if StoredResponse.objects.filter(pk=response["id"], tenant_id=principal.tenant_id).exists():
+            return True
         _make_room(principal.tenant_id, len(content))
-        StoredResponse.objects.create(
-            id=response["id"],
-            tenant_id=principal.tenant_id,
-            content=content,
-            num_bytes=len(content),
-            created_at=timezone.now(),
-        )
+        row = {"content": content, "num_bytes": len(content), "created_at": timezone.now()}
+        StoredResponse.objects.get_or_create(id=response["id"], tenant_id=principal.tenant_id, defaults=row)
     except DatabaseError as error:
         log.warning("a response could not be stored", response_id=response["id"], error_type=type(error).__name__)
         return False

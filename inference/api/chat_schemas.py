@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from math import inf, isfinite
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from accounts.trail.refusals import Refusal
 from inference.chat.prompt import RESERVED_NAMES, ChatPrompt, Message, ToolCall
+from inference.chat.user_text import without_surrogates
 
 MAX_MESSAGES = 4096
 MAX_CONTENT_CHARACTERS = 1_000_000
@@ -24,6 +26,8 @@ MAX_JSON_DEPTH = 32
 MAX_JSON_VALUES = 20_000
 MAX_VARIABLES = 32
 MAX_NUMBER = 1 << 63
+MAX_FLOAT_BITS = 1023
+MAX_NAME = 128
 SURROGATE = re.compile("[\ud800-\udfff]")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 _VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -46,7 +50,8 @@ def bounded_json(value: dict[str, Any]) -> dict[str, Any]:
 
 def _checked_length(value: Any) -> int:
     """Characters that the value itself has. Raises ValueError for numbers and texts that no other JSON could hold."""
-    if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:  # not-a-number too
+    is_held = abs(value) < MAX_NUMBER if isinstance(value, int) else not isinstance(value, float) or isfinite(value)
+    if not is_held:
         raise ValueError("has a number that is too large")
     texts = list(value) if isinstance(value, dict) else [value] if isinstance(value, str) else []
     if any(SURROGATE.search(text) for text in texts):
@@ -60,11 +65,31 @@ def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def said_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As bounded_json, of what a model has written: a conversation does not end with a whole number that is larger than
+    others write, or half a character. The number becomes a float, and the half U+FFFD."""
+    return bounded_json(_tamed(value, MAX_JSON_DEPTH))
+
+
+def _tamed(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, int) and abs(value) >= MAX_NUMBER:
+        return float(value) if value.bit_length() < MAX_FLOAT_BITS else inf
+    if depth and isinstance(value, dict):
+        return {without_surrogates(name): _tamed(each, depth - 1) for name, each in value.items()}
+    return [_tamed(each, depth - 1) for each in value] if depth and isinstance(value, list) else value
+
+
 Content = Annotated[str, Field(max_length=MAX_CONTENT_CHARACTERS)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=r"^[A-Za-z0-9_.-]+$")]
 CallId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
 JsonObject = Annotated[dict[str, Any], AfterValidator(bounded_json)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
+Speaker = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")]
+"""Who says it, as OpenAI takes it."""
+CalledName = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+"""Of a tool that a model has called: it may have made the name up."""
+SaidObject = Annotated[dict[str, Any], AfterValidator(said_json)]
 
 
 class TextPart(BaseModel):
@@ -89,7 +114,7 @@ class SystemMessage(BaseModel):
 
     role: Literal["system", "developer"]
     content: Content | Parts
-    name: Name | None = None
+    name: Speaker | None = None
 
     def message(self) -> Message:
         return Message(role="system", content=text_of(self.content), name=self.name)
@@ -100,7 +125,7 @@ class UserMessage(BaseModel):
 
     role: Literal["user"]
     content: Content | Parts
-    name: Name | None = None
+    name: Speaker | None = None
 
     def message(self) -> Message:
         return Message(role="user", content=text_of(self.content), name=self.name)
@@ -114,7 +139,7 @@ def arguments_of(text: str) -> dict[str, Any]:
         raise ValueError("arguments are a JSON object in a string") from error
     if not isinstance(found, dict):
         raise ValueError("arguments are a JSON object in a string")
-    return bounded_json(found)
+    return said_json(found)
 
 
 class CalledFunction(BaseModel):
@@ -122,8 +147,8 @@ class CalledFunction(BaseModel):
 
     model_config = STRICT
 
-    name: Name
-    arguments: Annotated[str, Field(max_length=MAX_JSON_CHARACTERS)] | JsonObject = "{}"
+    name: CalledName
+    arguments: Annotated[str, Field(max_length=MAX_JSON_CHARACTERS)] | SaidObject = Field("{}", validate_default=True)
 
     @field_validator("arguments")
     @classmethod
@@ -144,30 +169,34 @@ class CallBody(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """A content, calls of tools, or both. What clients send back of an answer without meaning is taken if empty."""
+    """A content, calls of tools, or both. A refusal, of a conversation that began elsewhere, is its content."""
 
     model_config = STRICT
 
     role: Literal["assistant"]
     content: Content | Parts | None = None
     reasoning_content: Content | None = None
-    name: Name | None = None
+    name: Speaker | None = None
     tool_calls: Annotated[list[CallBody], Field(max_length=MAX_CALLS)] | None = None
-    refusal: None = None
+    refusal: Content | None = None
     audio: None = None
     function_call: None = None
-    annotations: Nothing | None = None
+    annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
-        if self.content is None and not self.tool_calls:
+        if self.text is None and not self.tool_calls:
             raise ValueError("a message of the assistant has a content or tool_calls")
         return self
+
+    @property
+    def text(self) -> str | None:
+        return text_of(self.content) if self.content is not None else self.refusal
 
     def message(self) -> Message:
         return Message(
             role="assistant",
-            content=text_of(self.content),
+            content=self.text,
             reasoning_content=self.reasoning_content,
             name=self.name,
             tool_calls=tuple(each.call() for each in self.tool_calls or ()),
@@ -182,7 +211,7 @@ class ToolMessage(BaseModel):
     role: Literal["tool"]
     content: Content | Parts
     tool_call_id: CallId | None = None
-    name: Name | None = None
+    name: Speaker | None = None
 
     def message(self) -> Message:
         return Message(role="tool", content=text_of(self.content), tool_call_id=self.tool_call_id, name=self.name)
@@ -251,7 +280,7 @@ class TemplateFields(BaseModel):
         if self.continue_final_message and self.add_generation_prompt:
             raise Refusal("bad_request", "add_generation_prompt and continue_final_message cannot both be true.")
         last = messages[-1]
-        can = isinstance(last, AssistantMessage) and last.content is not None and not last.tool_calls
+        can = isinstance(last, AssistantMessage) and last.text is not None and not last.tool_calls
         if not self.continue_final_message:
             return can and self.continue_final_message is None and self.add_generation_prompt is None
         if not can or len(messages) < 2:

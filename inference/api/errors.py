@@ -302,7 +302,7 @@ FIELD_NAME = re.compile(r"[a-z][a-z0-9_.]*")
 FORMS = frozenset({"str", "int", "float", "bool", "pairs", "by_id"})
 KINDS = {
     "messages": frozenset({"system", "developer", "user", "assistant", "tool"}),
-    "input": frozenset({"message", "function_call", "function_call_output", "reasoning"}),
+    "input": frozenset({"message", "function_call", "function_call_output", "reasoning", "item_reference"}),
 }
 """By which the form of an entry is chosen: a message's role, an item's type."""
 

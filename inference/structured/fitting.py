@@ -42,7 +42,16 @@ class CallsForm:
     format: str
 
 
-Form = JsonForm | CallsForm
+@dataclass(frozen=True, slots=True)
+class EitherForm:
+    """Calls, or an answer in a schema: the model's choice. A tool whose schema cannot be kept has any object for its
+    arguments, as nothing is promised of calls that nobody forced."""
+
+    calls: CallsForm
+    answer: JsonForm
+
+
+Form = JsonForm | CallsForm | EitherForm
 
 
 class _Rung(NamedTuple):
@@ -73,7 +82,8 @@ class _Ladder:
 
     def __init__(self, form: Form) -> None:
         self._form = form
-        self._rungs = _rungs(isinstance(form, CallsForm) and form.parallel)
+        calls = form.calls if isinstance(form, EitherForm) else form
+        self._rungs = _rungs(isinstance(calls, CallsForm) and calls.parallel)
         self._lengths: dict[_Rung, int | None] = {}
         self._compiled: dict[_Rung, Compiled] = {}
 
@@ -112,12 +122,31 @@ class _Ladder:
         return self._compiled[rung]
 
     def _made(self, rung: _Rung) -> tuple[Rules, Piece]:
+        rules = Rules()
         match self._form:
-            case JsonForm(schema=schema):
-                rules = Rules()
-                return rules, schema_piece(rules, json.loads(schema), rung.bounds)
-            case CallsForm(tools=tools, tool=tool, format=format):
-                return calls_piece(json.loads(tools), tool, format, bounds=rung.bounds, num_calls=rung.num_calls)
+            case JsonForm():
+                piece = _answer(rules, self._form, rung)
+            case CallsForm():
+                piece = _calls(rules, self._form, rung)
+            case EitherForm(calls=calls, answer=answer):
+                piece = choice([_calls(rules, calls, rung, is_lenient=True), _answer(rules, answer, rung)])
+        return rules, piece
+
+
+def _answer(rules: Rules, form: JsonForm, rung: _Rung) -> Piece:
+    return schema_piece(rules, json.loads(form.schema), rung.bounds)
+
+
+def _calls(rules: Rules, form: CallsForm, rung: _Rung, *, is_lenient: bool = False) -> Piece:
+    return calls_piece(
+        rules,
+        json.loads(form.tools),
+        form.tool,
+        form.format,
+        bounds=rung.bounds,
+        num_calls=rung.num_calls,
+        is_lenient=is_lenient,
+    )
 
 
 @lru_cache(maxsize=2)

@@ -20,8 +20,9 @@ MAX_TOOLS = 128
 MAX_CALLS = 8
 """Calls in one answer where several are allowed."""
 
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
+_ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +68,36 @@ TOOL_CALL_FORMATS: dict[str, _Format] = {
 
 
 def calls_piece(
-    tools: Sequence[dict[str, Any]], tool: str | None, format: str, *, bounds: Bounds, num_calls: int
-) -> tuple[Rules, Piece]:
-    """Up to so many calls, and the rules that they are made of.
+    rules: Rules,
+    tools: Sequence[dict[str, Any]],
+    tool: str | None,
+    format: str,
+    *,
+    bounds: Bounds,
+    num_calls: int,
+    is_lenient: bool = False,
+) -> Piece:
+    """Up to so many calls as a piece of a grammar.
 
-    `tool` names the only one that may be called, None allows all ("required"); formats: TOOL_CALL_FORMATS. Raises
-    SchemaError with a pointer into the list of tools, ValueError for an unknown format.
+    `tool` names the only one that may be called, None allows all ("required"); formats: TOOL_CALL_FORMATS. is_lenient:
+    arguments of a schema that cannot be kept are any object. Raises SchemaError with a pointer into the list of tools,
+    ValueError for an unknown format.
     """
     if format not in TOOL_CALL_FORMATS:
         raise ValueError(f"unknown tool call format {format!r}")
     functions = _functions(tools)
     if tool is not None and tool not in functions:
         raise SchemaError("invalid", "", f"there is no tool named {tool!r}")
-    rules, form = Rules(), TOOL_CALL_FORMATS[format]
+    form = TOOL_CALL_FORMATS[format]
     space = rules.name("space", optional(literal(" ")))
     newline = rules.name("newline", optional(NEWLINE))
+    written = _any_arguments if is_lenient else _arguments
     calls = [
-        rules.name(f"call-{name}", form.call(name, _arguments(rules, schema, pointer, bounds), space, newline))
+        rules.name(f"call-{name}", form.call(name, written(rules, schema, pointer, bounds), space, newline))
         for name, (schema, pointer) in functions.items()
         if tool is None or name == tool
     ]
-    return rules, _row(rules, form, rules.name("call", choice(calls)), num_calls)
+    return _row(rules, form, rules.name("call", choice(calls)), num_calls)
 
 
 def _row(rules: Rules, form: _Format, call: Piece, num_calls: int) -> Piece:
@@ -108,7 +118,7 @@ def _functions(tools: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, Any
             pointer, function = at(pointer, "function"), tool["function"]
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-            raise SchemaError("invalid", at(pointer, "name"), "a tool needs a name of 1 to 64 of A-Z a-z 0-9 _ . -")
+            raise SchemaError("invalid", at(pointer, "name"), "a tool needs a name of 1 to 128 of A-Z a-z 0-9 _ . -")
         if name in found:
             raise SchemaError("invalid", at(pointer, "name"), f"two tools named {name!r}")
         key = "input_schema" if "input_schema" in function else "parameters"
@@ -124,3 +134,15 @@ def _arguments(rules: Rules, schema: Any, pointer: str, bounds: Bounds) -> Piece
         return schema_piece(rules, {"type": "object", **schema} if isinstance(schema, dict) else schema, bounds)
     except SchemaError as error:
         raise SchemaError(error.code, pointer + error.pointer, error.message) from error
+
+
+def _any_arguments(rules: Rules, schema: Any, pointer: str, bounds: Bounds) -> Piece:
+    """Of the schema where it can be kept, if not within these bounds; else any object."""
+    try:
+        return _arguments(rules, schema, pointer, bounds)
+    except SchemaError as error:
+        try:
+            _arguments(Rules(), schema, pointer, Bounds())
+        except SchemaError:
+            return schema_piece(rules, _ANY_OBJECT, bounds)
+        raise error

@@ -2,7 +2,7 @@
 
 Pure: no Django, no Redis, no model. Dialects use three things.
 
-    plan = plan_tools(template, tools, choice="auto", name=None, parallel=True)
+    plan = plan_tools(template, tools, choice="auto", name=None, parallel=True, answer=None)
         template: ChatTemplate | None; tools: OpenAI's form, in JSON. Raises Refusal (400).
         plan.prompt_tools -> ChatPrompt.tools; plan.form, plan.grammar -> GenerateOrder.form,
         SamplingParams.grammar, or None;

@@ -14,7 +14,7 @@ import orjson
 
 from accounts.trail.refusals import Refusal
 from inference.chat.prompt import ChatTemplate
-from inference.structured import CallsForm, SchemaError, widest
+from inference.structured import CallsForm, EitherForm, JsonForm, SchemaError, widest
 from inference.tools.events import Call
 from inference.tools.formats import CHATML, FORMATS, ToolCallFormat, formats_of
 from inference.tools.stream import ToolCallStream, parse
@@ -24,19 +24,19 @@ CHOICES = ("none", "auto", "required")
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """prompt_tools: for ChatPrompt.tools. form: for GenerateOrder.form, None leaves the model free. formats: how its
-    calls may look, none where it has no tools. names: of the tools. shown_texts: texts which, where the
-    vocabulary has them as control tokens, must reach the answer's text
+    """prompt_tools: for ChatPrompt.tools. form: for GenerateOrder.form, of forced calls or of calls beside an answer in
+    a schema; None leaves the order's as it is. formats: how its calls may look, none where it has no tools. names: of
+    the tools. shown_texts: texts which, where the vocabulary has them as control tokens, must reach the answer's text
     (GenerateOrder.shown_texts)."""
 
     prompt_tools: tuple[Mapping[str, Any], ...] = ()
-    form: CallsForm | None = None
+    form: CallsForm | EitherForm | None = None
     formats: tuple[ToolCallFormat, ...] = ()
     names: frozenset[str] = frozenset()
 
     @property
     def is_forced(self) -> bool:
-        return self.form is not None
+        return isinstance(self.form, CallsForm)
 
     @property
     def grammar(self) -> str | None:
@@ -65,9 +65,11 @@ def plan_tools(
     *,
     name: str | None = None,
     parallel: bool = True,
+    answer: JsonForm | None = None,
 ) -> ToolPlan:
     """template: the one that renders the conversation. tools: as OpenAI writes them. choice: none, auto or required;
     name: the one tool that must be called, whatever the choice says. parallel: several calls in one answer may be.
+    answer: the form of an answer without calls, which forced calls take the place of.
 
     Raises Refusal "invalid_schema" (extra: field, reason, path, tool), "bad_request".
     """
@@ -82,7 +84,9 @@ def plan_tools(
     if not tools or (choice == "none" and not is_forced):
         return ToolPlan()
     formats = _formats(template)
-    form = _form(tools, name, parallel, formats[0].name) if is_forced else None
+    form: CallsForm | EitherForm | None = None
+    if is_forced or answer is not None:
+        form = _form(tools, name, parallel, formats[0].name, None if is_forced else answer)
     return ToolPlan(tuple(tools), form, formats, names)
 
 
@@ -98,12 +102,15 @@ def _formats(template: ChatTemplate | None) -> tuple[ToolCallFormat, ...]:
     return formats_of(template.source)
 
 
-def _form(tools: Sequence[Mapping[str, Any]], name: str | None, parallel: bool, format: str) -> CallsForm:
+def _form(
+    tools: Sequence[Mapping[str, Any]], name: str | None, parallel: bool, format: str, answer: JsonForm | None
+) -> CallsForm | EitherForm:
     """With the keys in their order, which the answer's follow."""
     try:
-        form = CallsForm(orjson.dumps(list(tools)), name, parallel, format)
+        calls = CallsForm(orjson.dumps(list(tools)), name, parallel, format)
     except (TypeError, ValueError, RecursionError) as error:
         raise Refusal("invalid_schema", "Field 'tools': it holds what JSON cannot.", field="tools") from error
+    form = calls if answer is None else EitherForm(calls, answer)
     try:
         widest(form)
     except SchemaError as error:

@@ -9,16 +9,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from inference.tools.events import ArgumentsDelta, CallBroken, CallEnded, CallStarted, Event
 from inference.tools.json_object import Broken, JsonObject
 
 ARGUMENTS = ("arguments", "parameters")
 _BLANKS = re.compile(r"\s*")
-_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+MAX_NAME = 128
+_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of a character: JSON can spell it, and no answer can hold it."""
 _KNOWN_FIELDS = frozenset({"name", "type", "id", *ARGUMENTS, None})
 Reading = Iterator[None]
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    """What a client can read, and send back."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
 class Calls:
@@ -141,7 +149,7 @@ class Tape:
         yield from self._follow(scanned, lambda: self._head(scanned, is_sure=is_sure))
         name = self._decoded(scanned, "name")
         given = [key for key in ARGUMENTS if key in scanned.fields]
-        if not isinstance(name, str) or not name or not (given or is_sure):
+        if not _is_name(name) or not (given or is_sure):
             raise Broken
         self.calls.end(name, self._arguments(scanned, given[0]) if given else "{}")
         self.commit()
@@ -173,7 +181,7 @@ class Tape:
         if keys.issuperset(ARGUMENTS) or not (is_sure or keys <= _KNOWN_FIELDS):
             raise Broken
         name = self._decoded(scanned, "name")
-        if not isinstance(name, str) or not name:
+        if not _is_name(name):
             return None
         if not is_sure:
             self._check(name)
@@ -204,6 +212,6 @@ class Tape:
         if not isinstance(value, str):
             raise Broken
         inner = JsonObject(0)
-        if not inner.advance(value) or value[inner.position :].strip():
+        if _HALF.search(value) or not inner.advance(value) or value[inner.position :].strip():
             raise Broken
         return value.strip()

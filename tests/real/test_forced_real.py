@@ -131,6 +131,33 @@ def test_every_answer_in_a_schema_is_valid(client: httpx.Client) -> None:
         jsonschema.validate(json.loads(choice["message"]["content"]), TOOLS[name][1])
 
 
+def test_beside_an_answer_in_a_schema_a_call_is_valid_and_so_is_the_answer(client: httpx.Client) -> None:
+    answer = {"type": "object", "properties": {"sentence": {"type": "string"}}, "required": ["sentence"]}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": answer}}
+    bodies = [
+        {
+            "model": "smollm2-135m",
+            "messages": ASK,
+            "tools": [{"type": "function", "function": FUNCTION}],
+            "response_format": form,
+            "seed": number,
+            **NO_CUT,
+        }
+        for number in range(NUM_ANSWERS)
+    ]
+    reasons = set()
+    for choice in answered(client, bodies):
+        reasons.add(choice["finish_reason"])
+        if choice["finish_reason"] == "stop":
+            jsonschema.validate(json.loads(choice["message"]["content"]), answer)
+            continue
+        assert choice["message"]["content"] == ""
+        for call in choice["message"]["tool_calls"]:
+            jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER)
+    assert "tool_calls" in reasons
+    assert reasons <= {"tool_calls", "stop"}
+
+
 # The bound that counts
 
 

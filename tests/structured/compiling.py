@@ -25,5 +25,5 @@ def to_grammar(schema: dict[str, Any], bounds: Bounds = USUAL) -> str:
 def compile_calls(
     tools: Sequence[dict[str, Any]], tool: str | None = None, parallel: bool = False, format: str = "chatml"
 ) -> Compiled:
-    num_calls = MAX_CALLS if parallel else 1
-    return finish(*calls_piece(tools, tool, format, bounds=USUAL, num_calls=num_calls))
+    rules, num_calls = Rules(), MAX_CALLS if parallel else 1
+    return finish(rules, calls_piece(rules, tools, tool, format, bounds=USUAL, num_calls=num_calls))

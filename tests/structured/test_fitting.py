@@ -10,6 +10,7 @@ import pytest
 from inference.structured import (
     GENERATED_LIMITS,
     CallsForm,
+    EitherForm,
     Form,
     JsonForm,
     SchemaError,
@@ -104,6 +105,44 @@ def test_a_bad_schema_is_refused() -> None:
     ):
         with pytest.raises(SchemaError, match="not"):
             widest(form)
+
+
+# Calls or an answer
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_where_a_call_may_be_an_answer_both_are_within_the_tokens(name: str) -> None:
+    form = EitherForm(calls_of(*dict.fromkeys((name, "now")), parallel=True), JSON_FORMS["get_weather"])
+    compiled = fit(form, NUM_TOKENS)
+    validate(compiled.grammar, GENERATED_LIMITS)
+    assert compiled.num_bytes <= NUM_TOKENS
+    sampler, seen = Sampler(compiled.grammar, seed=9), set()
+    for _ in range(60):
+        text = sampler.text()
+        assert len(text.encode()) <= compiled.num_bytes
+        seen.add(text.startswith("<tool_call>"))
+        if not text.startswith("<tool_call>"):
+            jsonschema.validate(json.loads(text), TOOLS["get_weather"][1])
+    assert seen == {True, False}
+
+
+def test_a_tool_that_no_grammar_can_keep_may_be_called_with_any_object_where_nothing_is_forced() -> None:
+    odd = {"type": "object", "properties": {"a": {"not": {}}}}
+    tools = [tool("now"), {"type": "function", "function": {"name": "odd", "parameters": odd}}]
+    either = EitherForm(CallsForm(json.dumps(tools).encode(), None, False, "chatml"), TEXT)
+    matcher = Matcher(widest(either).grammar)
+    assert matcher.matches('<tool_call>{"name": "odd", "arguments": {"b": [1, {}]}}</tool_call>')
+    assert matcher.matches('<tool_call>{"name": "now", "arguments": {}}</tool_call>')
+    assert not matcher.matches('<tool_call>{"name": "now", "arguments": {"b": 1}}</tool_call>')
+    with pytest.raises(SchemaError, match="not"):
+        widest(either.calls)
+
+
+def test_a_tool_whose_arguments_do_not_fit_is_not_widened_for_it() -> None:
+    long = {"type": "object", "properties": {"a": {"const": "x" * 400}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "long", "parameters": long}}]
+    compiled = fit(EitherForm(CallsForm(json.dumps(tools).encode(), None, False, "chatml"), TEXT), 50)
+    assert not Matcher(compiled.grammar).matches('<tool_call>{"name": "long", "arguments": {}}</tool_call>')
 
 
 # Thoughts

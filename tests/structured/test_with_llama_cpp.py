@@ -18,7 +18,17 @@ from typing import Any
 
 import pytest
 
-from inference.structured import GENERATED_LIMITS, TOOL_CALL_FORMATS, GrammarError, JsonForm, fit, validate
+from inference.structured import (
+    GENERATED_LIMITS,
+    TOOL_CALL_FORMATS,
+    CallsForm,
+    EitherForm,
+    GrammarError,
+    JsonForm,
+    fit,
+    validate,
+    widest,
+)
 from tests.structured.compiling import compile_calls, to_grammar
 from tests.structured.corpus import EXAMPLES
 from tests.structured.derivations import Sampler
@@ -86,6 +96,8 @@ def test_every_generated_grammar_is_taken_and_means_the_same(model_path: str, tm
 
 def test_every_grammar_of_tool_calls_is_taken_and_means_the_same(model_path: str, tmp_path: Path) -> None:
     grammars = [compile_calls(TOOLS, None, True, notation).grammar for notation in TOOL_CALL_FORMATS]
+    answer, tools = JsonForm(b'{"type": "boolean"}'), json.dumps(TOOLS).encode()
+    grammars += [widest(EitherForm(CallsForm(tools, None, True, each), answer)).grammar for each in TOOL_CALL_FORMATS]
     orders = [
         {"grammar": g, "texts": [text for _ in range(5) if (text := Sampler(g, seed=_).text())]} for g in grammars
     ]

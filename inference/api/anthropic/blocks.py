@@ -17,10 +17,10 @@ from inference.api.chat_schemas import (
     MAX_CONTENT_CHARACTERS,
     MAX_MESSAGES,
     MAX_PARTS,
+    CalledName,
     CallId,
     Content,
-    JsonObject,
-    Name,
+    SaidObject,
 )
 from inference.api.errors import wrong_field
 from inference.chat.prompt import Message, ToolCall
@@ -93,8 +93,8 @@ class ToolUseBlock(BaseModel):
 
     type: Literal["tool_use"]
     id: CallId
-    name: Name
-    input: JsonObject
+    name: CalledName
+    input: SaidObject
 
 
 OnlyText = Annotated[TextBlock, _blocks("text")]

@@ -198,8 +198,8 @@ class MessagesBody(Conversation, OpenAIFields):
             raise wrong_field("thinking.budget_tokens", "must be less than max_tokens")
         if self.output_format is not None and self.json_schema is not None:
             raise wrong_field("output_config.format", "give either output_config.format or json_schema, not both")
-        if self.must_call and (self.grammar or self.response_schema[0] is not None):
-            raise wrong_field("tool_choice", "asks for a call, and the answer is to have another form")
+        if self.must_call and self.grammar:
+            raise wrong_field("tool_choice", "asks for a call, and the answer is to follow a grammar")
         return self
 
     @property

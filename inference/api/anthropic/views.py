@@ -63,6 +63,7 @@ class MessagesView(AnthropicView, TextView):
             body.choice,
             name=body.named_tool,
             parallel=body.parallel,
+            answer=body.answer_form(),
         )
         tags = tags_of(template.source)
         opening = None if body.grammar else thoughts.opening_of(tags, served, prompt)

@@ -6,9 +6,10 @@ cut: a stream has begun to tell it, and a whole answer has its text. Pure.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
+
+import orjson
 
 from inference.chat.thinking import Spoken, ThoughtSplitter
 from inference.tools import ArgumentsDelta, CallBroken, CallEnded, CallStarted, Content, Event, ToolCallStream
@@ -92,7 +93,8 @@ class BlockWriter:
 
 
 def blocks_of(events: Iterable[Json]) -> list[Json]:
-    """What the events of a whole answer add up to."""
+    """What the events of a whole answer add up to. The input of a call is the JSON that the model wrote: it may have
+    numbers and escapes that would not be written again."""
     blocks: list[Json] = []
     arguments = ""
     for event in events:
@@ -105,7 +107,7 @@ def blocks_of(events: Iterable[Json]) -> list[Json]:
             case "content_block_delta":
                 _add(blocks[-1], event["delta"])
             case "content_block_stop" if arguments:
-                blocks[-1]["input"], arguments = json.loads(arguments), ""
+                blocks[-1]["input"], arguments = orjson.Fragment(arguments), ""
     return blocks
 
 

@@ -21,10 +21,10 @@ from inference.api.chat_schemas import (
     AssistantMessage,
     CallBody,
     CalledFunction,
+    CalledName,
     CallId,
     Content,
     MessageBody,
-    Name,
     SystemMessage,
     ToolMessage,
     UserMessage,
@@ -41,7 +41,7 @@ TEXT_PARTS = {
     "refusal": "refusal",
 }
 """Types of parts, and the field that has their text."""
-KINDS = ("message", "function_call", "function_call_output", "reasoning")
+KINDS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 MAX_ITEMS = 2 * MAX_MESSAGES
 """Of a stored conversation: a turn of the assistant may be several items and is one message."""
 ItemId = Annotated[str, Field(max_length=128)]
@@ -125,7 +125,7 @@ class MessageItem(Item):
 class FunctionCallItem(Item):
     type: Literal["function_call"]
     call_id: CallId
-    name: Name
+    name: CalledName
     arguments: Annotated[str, Field(max_length=MAX_JSON_CHARACTERS)] = "{}"
 
     @field_validator("arguments")
@@ -198,10 +198,23 @@ class ReasoningItem(Item):
         }
 
 
+class ReferenceItem(BaseModel):
+    """In the place of an item of a response that is stored."""
+
+    model_config = LENIENT
+
+    type: Literal["item_reference"]
+    id: ItemId
+
+
 AnyItem = Annotated[
     MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem, Field(discriminator="type")
 ]
-Items = Annotated[list[AnyItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+GivenItem = Annotated[
+    MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem | ReferenceItem,
+    Field(discriminator="type"),
+]
+Items = Annotated[list[GivenItem], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class StoredItems(BaseModel):
@@ -225,8 +238,8 @@ def _known(item: Any, place: int) -> Any:
     if not isinstance(item, dict):
         return item
     kind = item.get("type")
-    if kind is None and "role" in item:
-        return {**item, "type": "message"}
+    if kind is None and ("role" in item or "id" in item):
+        return {**item, "type": "message" if "role" in item else "item_reference"}
     if isinstance(kind, str) and kind not in KINDS:
         raise PydanticCustomError(
             "unsupported_item",

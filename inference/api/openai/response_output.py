@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from django.conf import settings
@@ -102,10 +103,11 @@ class AskedResponse(AskedChat):
 
 
 def usage_of(tally: Tally) -> dict[str, Any]:
-    """reasoning_tokens are counted where the answer is finished (response_views.py): only a tokenizer knows them."""
+    """reasoning_tokens are counted where the answer is finished (response_views.py): only a tokenizer knows them.
+    cache_write_tokens, which clients want to be there, are those that cost more: none do."""
     return {
         "input_tokens": tally.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": tally.cached_tokens},
+        "input_tokens_details": {"cached_tokens": tally.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": tally.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": tally.prompt_tokens + tally.completion_tokens,
@@ -162,6 +164,8 @@ class OutputWriter:
         events: Events = []
         opened = self._open
         if not isinstance(opened, _OpenText) or opened.kind != kind:
+            if isinstance(opened, _OpenText):
+                self._probs = _those_of(text, self._probs)
             events += self._close("completed")
             self._open = opened = _OpenText(kind, self._id(kind), len(self.items))
             events += opened.begun()
@@ -195,6 +199,13 @@ class OutputWriter:
 
     def _id(self, kind: str) -> str:
         return f"{PREFIXES[kind]}_{self._asked.request_id}-{len(self.items)}"
+
+
+def _those_of(text: str, probs: Sequence[TokenProbs]) -> list[TokenProbs]:
+    """From the token on in which the text begins: those before it are of the thoughts and of their tag."""
+    start = b"".join(each.piece for each in probs).rfind(text.encode())
+    ends = accumulate(len(each.piece) for each in probs)
+    return list(probs[sum(end <= start for end in ends) :])
 
 
 PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}

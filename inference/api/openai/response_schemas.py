@@ -23,7 +23,7 @@ from inference.api.chat_schemas import (
 from inference.api.errors import wrong_field
 from inference.api.llamacpp.schemas import MAX_TOKENS, Hard
 from inference.api.openai.response_items import Items, known_items
-from inference.api.openai.schemas import LENIENT, ChatFields
+from inference.api.openai.schemas import LENIENT, ChatFields, Effort, effort_variables
 
 MAX_INCLUDES = 32
 MAX_PAIRS = 16
@@ -113,16 +113,13 @@ class ReasoningConfig(BaseModel):
 
     model_config = LENIENT
 
-    effort: Annotated[str, Field(max_length=32, pattern=r"^[a-z]+$")] | None = Field(
+    effort: Effort | None = Field(
         None, description="none: the template is told not to let the model think; else it is told the word."
     )
     summary: Annotated[str, Field(max_length=32)] | None = Field(None, description="Without effect.")
 
     def variables(self) -> dict[str, Any]:
-        """For the template, under the names that templates use."""
-        if self.effort is None:
-            return {}
-        return {"enable_thinking": False} if self.effort == "none" else {"reasoning_effort": self.effort}
+        return effort_variables(self.effort)
 
 
 class ResponsesBody(ChatFields, TemplateFields):
@@ -253,6 +250,7 @@ class ResponsesBody(ChatFields, TemplateFields):
 
 class InputTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Held from earlier requests.")
+    cache_write_tokens: int = Field(description="0: holding tokens costs nothing.")
 
 
 class OutputTokensDetails(BaseModel):

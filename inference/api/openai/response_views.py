@@ -6,6 +6,7 @@ absent, keeps the conversation and the answer for `previous_response_id`, GET an
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,9 @@ from inference.api.openai.response_frames import ResponseFrames
 from inference.api.openai.response_items import (
     MAX_ITEMS,
     AnyItem,
+    GivenItem,
     MessageItem,
+    ReferenceItem,
     StoredItems,
     messages_of,
     without_oldest,
@@ -54,6 +57,10 @@ from inference.tokenizers import pool
 from inference.transport.queue import ticket_queue
 
 log = structlog.get_logger("llmsite.responses")
+MAX_REFERRED = 4
+"""Stored responses that are read for the references of one request."""
+ITEM_ID = re.compile(r"[a-z]+_([0-9A-Za-z.-]{1,100})-(?:in)?[0-9]{1,5}")
+"""Of an item that a response has made or listed: it has the request's."""
 SWITCH = "the operator switches it on by `manage.py stored_responses --tenant NAME --days N`, or in the admin"
 
 
@@ -66,9 +73,10 @@ class ConversingView(ConversationView):
         """Raises Refusal."""
         principal = self.admit_to_view()
         earlier = _earlier(body, principal)
-        items: list[AnyItem] = [*StoredItems.model_validate({"items": earlier}).items, *(body.input or ())]
+        given = _looked_up(body.input or (), principal)
+        items: list[AnyItem] = [*StoredItems.model_validate({"items": earlier}).items, *given]
         keeps = body.wants_store and principal.response_days is not None
-        said = [each.stored(f"{self.request_id}-in{place}") for place, each in enumerate(body.input or ())]
+        said = [each.stored(f"{self.request_id}-in{place}") for place, each in enumerate(given)]
 
         def ask(kept: Sequence[AnyItem]) -> tuple[AskedResponse, GenerateOrder]:
             messages = messages_of(kept, body.instructions)
@@ -279,10 +287,54 @@ def _earlier(body: ResponsesBody, principal: Principal) -> list[dict[str, Any]]:
             f"Previous response with id '{body.previous_response_id}' not found.",
             field="previous_response_id",
         )
-    items = [*found.items, *found.response["output"]]
+    items = _conversation(found)
     if len(items) > MAX_ITEMS:
         raise wrong_field("previous_response_id", f"its conversation has more than {MAX_ITEMS} items: begin a new one")
     return items
+
+
+def _looked_up(given: Sequence[GivenItem], principal: Principal) -> list[AnyItem]:
+    """The items that references stand for in their places. Raises Refusal.
+
+    From the end: what is stored of the newest response has the conversation before it, too.
+    """
+    items: list[AnyItem] = []
+    known: dict[str | None, AnyItem] = {}
+    num_read = 0
+    for item in reversed(given):
+        if not isinstance(item, ReferenceItem):
+            items.append(item)
+            continue
+        if item.id not in known and num_read < MAX_REFERRED:
+            num_read += 1
+            known = {each.id: each for each in _items_around(item.id, principal)} | known
+        if item.id not in known:
+            raise wrong_field("input", f"Item with id '{item.id[:64]}' not found.{_why_none(principal)}")
+        items.append(known[item.id])
+    return items[::-1]
+
+
+def _why_none(principal: Principal) -> str:
+    if principal.response_days is not None:
+        return ""
+    return f" Responses of this tenant are not stored: send items whole, as clients do with store=false, or {SWITCH}."
+
+
+def _items_around(item_id: str, principal: Principal) -> list[AnyItem]:
+    """Of the response that gave the item its id, as far as it is stored."""
+    match = ITEM_ID.fullmatch(item_id)
+    found = stored_responses.get(principal, ID_PREFIX + match[1]) if match else None
+    return [] if found is None else StoredItems.model_validate({"items": _conversation(found)[-MAX_ITEMS:]}).items
+
+
+def _conversation(stored: Stored) -> list[dict[str, Any]]:
+    """Up to the answer."""
+    return [*stored.items, *filter(_can_go_on, stored.response["output"])]
+
+
+def _can_go_on(item: dict[str, Any]) -> bool:
+    """A call that was cut is none: nobody can answer it, and its arguments are no JSON."""
+    return not (item["type"] == "function_call" and item["status"] == "incomplete")
 
 
 def _num_tokens_of(thoughts: str, asked: AskedResponse) -> int:

@@ -32,8 +32,9 @@ from inference.api.native.schemas import AdapterBody
 from inference.api.openai.tolerance import known_messages, known_tools
 from inference.catalog.adapters import MAX_VECTOR
 from inference.chat.prompt import ChatPrompt
-from inference.intake.grammars import grammar_from
+from inference.intake.grammars import form_from, grammar_from
 from inference.orders import Wanted
+from inference.structured import JsonForm
 
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
@@ -51,6 +52,16 @@ EitherBias = Annotated[
     Annotated[Biases, Tag("pairs")] | Annotated[BiasesById, Tag("by_id")],
     Discriminator(lambda value: "pairs" if isinstance(value, list) else "by_id"),
 ]
+
+
+Effort = Annotated[str, Field(max_length=32, pattern=r"^[a-z]+$")]
+
+
+def effort_variables(effort: str | None) -> dict[str, Any]:
+    """How much the model is to think, for the template, under the names that templates use."""
+    if effort is None:
+        return {}
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
 
 
 class StreamOptions(BaseModel):
@@ -186,6 +197,11 @@ class OpenAIFields(SamplingFields):
             given["seed"] %= 1 << 32
         return given
 
+    def answer_form(self) -> JsonForm | None:
+        """Of an answer in a schema. Raises Refusal."""
+        self.answer_grammar()
+        return form_from(self.answer_schema)
+
     def answer_grammar(self) -> str | None:
         """Raises Refusal, which names the field as this dialect does."""
         schema, place = self.response_schema
@@ -253,8 +269,8 @@ class ChatFields(OpenAIFields, ABC):
             raise wrong_field("tool_choice", "asks for a call, and there are no tools")
         if self.named_tool is not None and self.named_tool not in tool_names:
             raise wrong_field("tool_choice", "names a function that is not among the tools")
-        if self.must_call and (self.grammar or self.response_schema[0] is not None):
-            raise wrong_field("tool_choice", "asks for a call, and the answer is to have another form")
+        if self.must_call and self.grammar:
+            raise wrong_field("tool_choice", "asks for a call, and the answer is to follow a grammar")
 
 
 class ChatBody(ChatFields, TemplateFields):
@@ -267,6 +283,9 @@ class ChatBody(ChatFields, TemplateFields):
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
+    reasoning_effort: Effort | None = Field(
+        None, description="none: the template is told not to let the model think; else it is told the word."
+    )
     functions: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Refused: send tools."
     )
@@ -322,6 +341,9 @@ class ChatBody(ChatFields, TemplateFields):
     def prompt(self) -> ChatPrompt:
         """Raises Refusal."""
         return self.chat_prompt(self.messages)
+
+    def _variables(self) -> dict[str, Any]:
+        return {**effort_variables(self.reasoning_effort), **super()._variables()}
 
 
 class CompletionsBody(OpenAIFields, PromptFields):

@@ -55,6 +55,8 @@ def _message(message: Any, place: int) -> Any:
 
 def _part(part: Any, number: int, place: int) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal":  # what another server's model said
+        return {"type": "text", "text": part.get("refusal")}
     if isinstance(kind, str) and kind != "text":
         raise PydanticCustomError(
             "unsupported_part",

@@ -143,6 +143,7 @@ class ConversationView(AnsweringView):
             body.choice,
             name=body.named_tool,
             parallel=body.parallel_tool_calls is not False,
+            answer=body.answer_form(),
         )
         tags = tags_of(template.source)
         tells_thoughts = body.reasoning_format != "none" or not (plan.is_forced or body.answer_schema is not None)

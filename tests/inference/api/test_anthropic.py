@@ -107,6 +107,26 @@ def test_counting_is_exact_and_free(site: InProcessSite) -> None:
     assert count(alice, tools=[TOOL], tool_choice={"type": "none"}) == NUM_PROMPT
 
 
+def test_an_answer_in_a_schema_leaves_the_model_its_tools(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    form = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    message(alice, tools=[TOOL], **form)
+    message(alice, tools=[TOOL], tool_choice={"type": "any"}, **form)
+    both, forced = site.tokenizers.tried
+    assert ("sum" in both, "look_up" in both) == (True, True)
+    assert ("sum" in forced, "look_up" in forced) == (False, True)
+
+
+def test_whatever_a_model_has_called_can_be_sent_back(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    tool_use = {"type": "tool_use", "id": "call_1", "name": "mcp__" + "s" * 120, "input": {"wei": 10**30}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "ok"}
+    turns = [*HELLO, {"role": "assistant", "content": [tool_use]}, {"role": "user", "content": [result]}]
+    tools = [{"name": tool_use["name"], "input_schema": {"type": "object"}}]
+    assert message(alice, turns, tools=tools).status_code == 200
+
+
 def test_thoughts_are_blocks_of_their_own(site: InProcessSite) -> None:
     """The fake template asks for them; they are opened here, and the fake model never ends them."""
     alice = site.client(site.cast.alice)

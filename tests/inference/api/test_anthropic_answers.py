@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from inference.api.anthropic.asked import AskedMessage
 from inference.api.anthropic.blocks import messages_of
 from inference.api.anthropic.schemas import MessagesBody
 from inference.api.anthropic.writer import blocks_of
+from inference.api.async_view import json_response
 from inference.api.following import Collected, Ending
 from inference.chat.prompt import Message, ToolCall
 from inference.chat.thinking import THINK
@@ -48,11 +50,17 @@ def asked(*, is_open: bool = False, **fields: Any) -> AskedMessage:
 
 
 def reply(text: str, reason: str = "eos", **fields: Any) -> dict[str, Any]:
-    return asked(**fields).reply(Collected(text, Ending(reason)))
+    found: dict[str, Any] = as_sent(asked(**fields).reply(Collected(text, Ending(reason))))
+    return found
+
+
+def as_sent(value: Any) -> Any:
+    """As a client reads it."""
+    return json.loads(json_response(value).content)
 
 
 def without_ids(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in block.items() if name != "id"} for block in blocks]
+    return [{name: value for name, value in block.items() if name != "id"} for block in as_sent(blocks)]
 
 
 def test_blocks_come_in_their_order() -> None:
@@ -65,6 +73,13 @@ def test_blocks_come_in_their_order() -> None:
     assert first["id"] != second["id"]
     assert rest["text"].strip() == "Done."
     assert (found["stop_reason"], found["stop_sequence"]) == ("tool_use", None)
+
+
+@pytest.mark.parametrize("value", ["123456789012345678901234567890", "1e999", '"\\ud83d"', '"\\u00e9"'])
+def test_the_input_of_a_call_is_what_the_model_wrote(value: str) -> None:
+    """Numbers of more than 64 bits and halves of a character are JSON, too."""
+    (block,) = reply(f'<tool_call>{{"name": "add", "arguments": {{"a": {value}}}}}</tool_call>')["content"]
+    assert block["input"] == {"a": json.loads(value)}
 
 
 def test_a_cut_answer_does_not_wait_for_tools() -> None:
@@ -109,7 +124,7 @@ def test_a_forced_call_is_told_as_it_is_written(is_open: bool) -> None:
     writer = form.writer()
     told = [event for character in text for event in writer.feed(character)] + writer.finish()
     whole = form.reply(Collected(text, Ending("eos")))
-    assert blocks_of(told) == whole["content"]
+    assert as_sent(blocks_of(told)) == as_sent(whole["content"])
     assert whole["stop_reason"] == "tool_use"
     kinds = [block["type"] for block in whole["content"]]
     assert kinds == [*(["thinking"] if is_open else []), "tool_use", "tool_use"]

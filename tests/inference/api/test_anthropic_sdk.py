@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import anthropic
 import pytest
+from anthropic.types import Message, ModelInfo, RawMessageStreamEvent
+from pydantic import TypeAdapter
 
-from tests.anthropic_calls import HELLO, async_sdk, sdk
+from tests.anthropic_calls import HELLO, async_sdk, events, message, sdk
 from tests.conftest import make_customer
 from tests.in_process import MODEL, OTHER_MODEL, FakeSpeed, InProcessSite, wait_until
 
@@ -46,6 +48,20 @@ def test_the_client_reads_streams(alice: anthropic.Anthropic) -> None:
     assert text == text_of(final) == text_of(whole)
     assert (final.usage, final.stop_reason) == (whole.usage, whole.stop_reason)
     assert stream.request_id == final.id.removeprefix("msg_")
+
+
+def test_answers_have_every_field_that_the_clients_forms_demand(site: InProcessSite) -> None:
+    """The client itself looks at nothing; whoever validates with its forms, or reads a field that lacks, does."""
+    alice = site.client(site.cast.alice)
+    thinking = {"model": site.serve_thinker(), "thinking": {"type": "adaptive"}}
+    event = TypeAdapter[Any](RawMessageStreamEvent)
+    for fields in cast(list[dict[str, Any]], [{}, thinking]):
+        Message.model_validate(message(alice, **fields).json())
+        for each in events(alice, **fields):
+            if each["type"] != "ping":
+                event.validate_python(each)
+    for model in alice.get("/v1/models").json()["data"]:
+        ModelInfo.model_validate(model)
 
 
 async def test_the_asynchronous_client_does_the_same(site: InProcessSite) -> None:

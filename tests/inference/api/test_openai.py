@@ -10,7 +10,7 @@ from inference.engine.fake_backend import PIECES
 from inference.models import Receipt
 from tests.conftest import make_customer
 from tests.in_process import MODEL, N_CTX, OTHER_MODEL, FakeSpeed, InProcessSite, wait_until
-from tests.openai_calls import HELLO, chat, chunks, complete, error_of, text_of
+from tests.openai_calls import HELLO, chat, chunks, complete, error_of, respond, text_of
 
 pytestmark = pytest.mark.api
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -135,9 +135,55 @@ def test_tools_are_shown_and_a_forced_call_has_a_grammar(site: InProcessSite) ->
     assert "look_up" in site.tokenizers.tried[0]
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "what"}}}
     error_of(chat(alice, tools=[bad], tool_choice="required"), 400, "invalid_schema", "tools")
-    form = {"type": "json_object"}
-    refused = chat(alice, tools=[TOOL], tool_choice="required", response_format=form)
+    refused = chat(alice, tools=[TOOL], tool_choice="required", grammar='root ::= "a"')
     error_of(refused, 400, "invalid_value", "tool_choice")
+
+
+def test_an_answer_in_a_schema_leaves_the_model_its_tools(site: InProcessSite) -> None:
+    """Agents send both in each turn: a call, or in the end the answer."""
+    alice = site.client(site.cast.alice)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    chat(alice, tools=[TOOL], response_format=form)
+    respond(
+        alice,
+        tools=[{"type": "function", "name": "find", "parameters": {"type": "object"}}],
+        text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+    )
+    chat(alice, tools=[TOOL], response_format=form, tool_choice="none")
+    chat(alice, tools=[TOOL], response_format=form, tool_choice="required")
+    words = ('\\"a\\"', "look_up", "find")
+    assert [[word for word in words if word in grammar] for grammar in site.tokenizers.tried] == [
+        ['\\"a\\"', "look_up"],
+        ['\\"a\\"', "find"],
+        ['\\"a\\"'],
+        ["look_up"],
+    ]
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "what"}}}
+    error_of(
+        chat(alice, tools=[TOOL], response_format=bad), 400, "invalid_schema", "response_format.json_schema.schema"
+    )
+
+
+def test_an_effort_is_told_to_the_template(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    plain, none, explicit = (
+        chat(alice, **fields).json()["usage"]["prompt_tokens"]
+        for fields in (thinks, {"reasoning_effort": "none"}, {**thinks, "reasoning_effort": "none"})
+    )
+    assert plain == none + 1
+    assert explicit == plain, "what the request says of the template has the last word"
+    error_of(chat(alice, reasoning_effort="a b"), 400, "invalid_value", "reasoning_effort")
+
+
+def test_a_part_that_refuses_is_text(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    said = [{"type": "text", "text": "No"}], [{"type": "refusal", "refusal": "No"}]
+    counts = [
+        chat(alice, [*HELLO, {"role": "assistant", "content": parts}, *HELLO]).json()["usage"]["prompt_tokens"]
+        for parts in said
+    ]
+    assert counts[0] == counts[1]
 
 
 def test_fields_that_nobody_knows_are_ignored(site: InProcessSite) -> None:

@@ -7,10 +7,14 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from tests.conftest import make_customer
-from tests.in_process import MODEL, N_CTX, OTHER_MODEL, FakeSpeed, InProcessSite, wait_until
-from tests.openai_calls import HELLO, async_sdk, sdk
+from tests.in_process import MODEL, N_CTX, OTHER_MODEL, FakeSpeed, InProcessSite, read_events, wait_until
+from tests.openai_calls import HELLO, async_sdk, chat, chunks, complete, respond, sdk
 
 pytestmark = pytest.mark.api
 ASK: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 8, "temperature": 0}
@@ -41,6 +45,28 @@ def test_the_client_reads_streams(alice: openai.OpenAI) -> None:
     assert found[-1].usage == whole.usage
     texts = alice.completions.create(model=MODEL, prompt="one", max_tokens=4, stream=True)
     assert "".join(chunk.choices[0].text for chunk in texts)
+
+
+def test_answers_have_every_field_that_the_clients_forms_demand(site: InProcessSite) -> None:
+    """The client itself looks at nothing; whoever validates with its forms, or reads a field that lacks, does."""
+    alice = site.client(site.cast.alice)
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    asked: list[dict[str, Any]] = [{}, {"logprobs": True, "top_logprobs": 2}, {"tools": tools}, {"n": 2}]
+    for fields in asked:
+        ChatCompletion.model_validate(chat(alice, **fields).json())
+        for each in chunks(alice, "/v1/chat/completions", **fields, stream_options={"include_usage": True}):
+            ChatCompletionChunk.model_validate(each)
+    Completion.model_validate(complete(alice, logprobs=1).json())
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}
+    function = {"type": "function", **tools[0]["function"]}
+    event = TypeAdapter[Any](ResponseStreamEvent)
+    for more in ({}, {"include": ["message.output_text.logprobs"]}, {"tools": [function], "text": text}):
+        Response.model_validate(respond(alice, **more).json())
+        with alice.stream(
+            "POST", "/v1/responses", json={"input": "Hello", "max_output_tokens": 8, "stream": True, **more}
+        ) as answer:
+            for _, data in read_events(answer):
+                event.validate_python(data)
 
 
 async def test_the_asynchronous_client_does_the_same(site: InProcessSite) -> None:

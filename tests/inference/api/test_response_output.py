@@ -17,6 +17,7 @@ from inference.api.openai.response_frames import ResponseFrames
 from inference.api.openai.response_items import StoredItems, messages_of
 from inference.api.openai.response_output import AskedResponse, OutputWriter
 from inference.api.openai.response_schemas import ResponsesBody
+from inference.engine.types import TokenProbs
 from inference.tools import plan_tools
 from tests.inference.api.test_openai_answers import CALL, OTHER_CALL
 
@@ -133,6 +134,19 @@ def test_an_answer_is_taken_back_as_input(parts: list[str]) -> None:
     assert message.role == "assistant"
     assert message.reasoning_content == "Hm."
     assert len(message.tool_calls or ()) == sum(item["type"] == "function_call" for item in items)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_probabilities_are_those_of_the_text_and_not_of_the_thoughts(size: int) -> None:
+    pieces = ["<think>", "Yes", ".", "</think>", "\n", "Yes", " it is"]
+    writer = OutputWriter(asked(tools=None, include=["message.output_text.logprobs"]))
+    for start in range(0, len(pieces), size):
+        some = pieces[start : start + size]
+        writer.write("".join(some), [TokenProbs(1, -0.5, piece.encode()) for piece in some])
+    writer.end(Ending("eos"))
+    thought, message = writer.items
+    assert [part["text"] for part in (*thought["content"], *message["content"])] == ["Yes.", "Yes it is"]
+    assert [each["token"] for each in message["content"][0]["logprobs"]] == ["Yes", " it is"]
 
 
 def test_what_fails_says_so_in_its_last_event() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -89,7 +90,7 @@ def test_a_response_has_openais_shape(site: InProcessSite) -> None:
     assert part["text"]
     assert body["usage"] == {
         "input_tokens": 6 + 4,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": 8,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 18,
@@ -223,6 +224,16 @@ def test_what_is_stored_is_read_and_deleted(site: InProcessSite, keeping: Custom
         error_of(answer, 404, "not_found")
 
 
+def test_a_stream_that_is_resumed_says_that_its_response_is_stored(site: InProcessSite, keeping: Customer) -> None:
+    """Whoever resumes words the answer again, and it is there already."""
+    alice = site.client(keeping)
+    whole = events_of(alice)[-1]["response"]
+    with alice.stream("GET", f"/v1/requests/{whole['id'].removeprefix('resp_')}/events") as again:
+        *_, (_, last) = read_events(again)
+    assert (whole["store"], last["response"]["store"]) == (True, True)
+    assert StoredResponse.objects.count() == 1
+
+
 def test_a_conversation_goes_on_as_if_it_had_been_sent_whole(site: InProcessSite, keeping: Customer) -> None:
     alice = site.client(keeping)
     items: list[dict[str, Any]] = []
@@ -248,6 +259,38 @@ def test_a_conversation_goes_on_as_if_it_had_been_sent_whole(site: InProcessSite
         error_of(alice.get(f"{ROUTE}/{previous}/input_items", params=query), 400, "invalid_value", next(iter(query)))
     alice.delete(f"{ROUTE}/{items[1]['id']}")
     assert respond(alice, "More", previous_response_id=previous).status_code == 200, "each stands alone"
+
+
+def test_a_reference_stands_for_an_item_that_is_stored(site: InProcessSite, keeping: Customer) -> None:
+    """As Vercel's client sends it, which repeats no item that has an id."""
+    alice = site.client(keeping)
+    call = {"type": "function_call", "call_id": "call_1", "name": "look_up", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "It is so"}
+    first = respond(alice, [{"role": "user", "content": "What is it"}, call, output]).json()
+    listed = alice.get(f"{ROUTE}/{first['id']}/input_items", params={"order": "asc"}).json()["data"]
+    whole = [*listed, *first["output"], {"role": "user", "content": "And then"}]
+    short = [listed[0], {"id": listed[1]["id"]}, output]
+    short += [{"type": "item_reference", "id": first["output"][0]["id"]}, whole[-1]]
+    second = respond(alice, short).json()
+    assert second["usage"]["input_tokens"] == respond(alice, whole).json()["usage"]["input_tokens"]
+    third = [*({"type": "item_reference", "id": item["id"]} for item in [*whole[:-1], *second["output"]]), whole[-1]]
+    assert respond(alice, third).status_code == 200
+    for other in (site.cast.bob, site.cast.charlie):
+        error = error_of(respond(site.client(other), short), 400, "invalid_value", "input")
+        assert "stored_responses --tenant" in error["message"]
+
+
+def test_a_call_that_was_cut_does_not_end_its_conversation(site: InProcessSite, keeping: Customer) -> None:
+    alice = site.client(keeping)
+    first = respond(alice).json()
+    row = StoredResponse.objects.get()
+    content = orjson.loads(zlib.decompress(row.content))
+    cut = {"type": "function_call", "id": "fc_1", "status": "incomplete", "call_id": "call_1", "name": "look_up"}
+    content["response"]["output"].append({**cut, "arguments": '{"a'})
+    row.content = zlib.compress(orjson.dumps(content))
+    row.save()
+    again = respond(alice, "Well?", previous_response_id=first["id"])
+    assert again.status_code == 200, again.text
 
 
 def test_instructions_are_of_one_response_alone(site: InProcessSite, keeping: Customer) -> None:
@@ -409,10 +452,12 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"input": [{"role": "king", "content": "a"}]}, "invalid_value", "input[0].role"),
     ({"input": [{"type": "web_search_call", "id": "a"}]}, "invalid_value", "input"),
     ({"input": [{"type": "item_reference", "id": "a"}]}, "invalid_value", "input"),
+    ({"input": [{"type": "item_reference", "id": "msg_a-0"}]}, "invalid_value", "input"),
+    ({"input": [{"type": "item_reference"}]}, "missing_required_parameter", "input[0].id"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "invalid_value", "input[0].content"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "invalid_type", "input[0].content[0].text"),
     ({"input": [{**CALL, "arguments": "[1"}]}, "invalid_value", "input[0].arguments"),
-    ({"input": [{**CALL, "name": "a b"}]}, "invalid_value", "input[0].name"),
+    ({"input": [{**CALL, "name": ""}]}, "invalid_value", "input[0].name"),
     ({"input": [{"type": "function_call_output", "call_id": "call_9", "output": "a"}]}, "invalid_value", "input"),
     ({"background": True}, "invalid_value", "background"),
     ({"conversation": "conv_1"}, "invalid_value", "conversation"),

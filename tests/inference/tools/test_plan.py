@@ -10,7 +10,7 @@ import pytest
 
 from accounts.trail.refusals import Refusal
 from inference.chat.prompt import ChatTemplate
-from inference.structured import validate
+from inference.structured import EitherForm, JsonForm, validate
 from inference.tools import FORMATS, ToolPlan, plan_tools
 from tests.structured.derivations import Matcher, Sampler
 
@@ -98,6 +98,25 @@ def test_several_calls_only_if_the_request_takes_them() -> None:
         plan = plan_tools(QWEN, TOOLS, "required", parallel=parallel)
         assert plan.grammar is not None
         assert Matcher(plan.grammar).matches(two) is parallel
+
+
+@pytest.mark.parametrize(("source", "call"), CALLS.items())
+def test_beside_an_answer_in_a_schema_a_call_stays_possible_and_is_read_again(source: str, call: str) -> None:
+    answer = JsonForm(b'{"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}')
+    plan = plan_tools(template(source), TOOLS, "auto", parallel=False, answer=answer)
+    assert isinstance(plan.form, EitherForm)
+    assert plan.grammar is not None
+    assert not plan.is_forced
+    matcher = Matcher(plan.grammar)
+    assert matcher.matches(call)
+    assert matcher.matches('{"sum": 4}')
+    assert not matcher.matches("It is 4.")
+    _, calls = plan.read(call, rng=random.Random(1))
+    assert [each.name for each in calls] == ["now"]
+    assert plan.read('{"sum": 4}', rng=random.Random(1)) == ('{"sum": 4}', ())
+    forced = plan_tools(template(source), TOOLS, "required", parallel=False, answer=answer)
+    assert forced == plan_tools(template(source), TOOLS, "required", parallel=False)
+    assert plan_tools(template(source), TOOLS, "none", answer=answer) == ToolPlan()
 
 
 def test_marks_that_may_be_control_tokens_are_named() -> None:
