@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import smtplib
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -275,3 +276,35 @@ def test_operators_are_told_where_a_tenant_has_no_owner_with_an_address(
 
 def _refuse(*_arguments: Any) -> None:
     raise ConnectionRefusedError
+
+
+def test_an_address_that_is_refused_holds_up_nobody_and_nobody_is_told_twice(
+    used: InProcessSite, settings: Any, monkeypatch: Any
+) -> None:
+    from django.contrib.auth.models import User
+
+    for who, names in ((used.cast.alice, ("alice", "gone")), (used.cast.bob, ("bob",))):
+        who.tenant.limit_overrides = {"monthly_tokens": 8}
+        who.tenant.save()
+        for name in names:
+            user = User.objects.create_user(name, f"{name}@example.org")
+            Membership.objects.create(tenant=who.tenant, user=user, role="owner")
+    monkeypatch.setattr(settings.CONFIG, "email_url", "smtp://localhost")
+    refusals = {"gone@example.org": 550}
+    send = alerts.send_mail
+
+    def picky(subject: str, text: str, sender: str, to: list[str]) -> None:
+        if code := refusals.get(to[0]):
+            raise smtplib.SMTPRecipientsRefused({to[0]: (code, b"no")})
+        send(subject, text, sender, to)
+
+    monkeypatch.setattr(alerts, "send_mail", picky)
+    now = timezone.now()
+    assert alerts.notice(now) == 6
+    assert [alerts.mail(now) for _ in range(3)] == [2, 0, 0]
+    assert sorted(message.to[0] for message in mail.outbox) == ["alice@example.org", "bob@example.org"]
+    QuotaAlert.objects.filter(percent=100).update(mailed_at=None)
+    refusals.update({"alice@example.org": 450, "gone@example.org": 450})
+    assert (alerts.mail(now), len(mail.outbox)) == (1, 3), "Bob is told, Alice's mailboxes are full"
+    refusals.clear()
+    assert (alerts.mail(now), alerts.mail(now)) == (2, 0)
