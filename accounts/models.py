@@ -774,7 +774,16 @@ class LimitRule(Announced):
             return
         if self.limit == approval.LIMIT and self.key_id is None and approval.is_above(self.value):
             before = LimitRule.objects.filter(pk=self.pk, limit=approval.LIMIT).first() if self.pk else None
-            approval.check(self.value, 0 if before is None else before.value)
+            approval.check(self.value, 0 if before is None or self._reaches_beyond(before) else before.value)
+
+    def _reaches_beyond(self, before: LimitRule) -> bool:
+        """Whether it is for others, in other hours, or for longer: what was approved was not that."""
+        same = ("plan_id", "tenant_id", "recurrence", "daily_from", "daily_until", "last_days")
+        if any(getattr(self, name) != getattr(before, name) for name in same):
+            return True
+        if self.starts_at is not None and self.starts_at < before.starts_at.replace(microsecond=0):  # forms have none
+            return True
+        return before.ends_at is not None and (self.ends_at is None or self.ends_at > before.ends_at)
 
     def announce(self) -> None:
         if self.key is not None:

@@ -84,7 +84,7 @@ class BlankTokenizers:
         self.words.update(found)
         return tuple(zlib.crc32(word.encode()) & 0x7FFFFFF for word in text.split())
 
-    def encode_each(self, model: Any, texts: Any) -> list[tuple[int, ...]]:
+    def encode_each(self, model: Any, texts: Any, *, add_special: bool = False) -> list[tuple[int, ...]]:
         return [self.encode(model, text) for text in texts]
 
     def pieces(self, model: Any, tokens: Any) -> list[str | list[int]]:

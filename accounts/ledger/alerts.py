@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from smtplib import SMTPException
+from smtplib import SMTPDataError, SMTPException, SMTPRecipientsRefused
 from typing import Any
 
 from django.conf import settings
@@ -28,6 +28,10 @@ LOOK_BACK = timedelta(minutes=3)
 PERIODS_AT_ONCE = 1000
 MAX_MAILS = 100
 MAX_RECEIVERS = 20
+REFUSED = (SMTPRecipientsRefused, SMTPDataError)
+"""What a mail server says to one mail, while it may take the next."""
+FINAL = 500
+"""Codes of SMTP from here on are for good; a full mailbox or greylisting is below."""
 
 
 def notice(now: datetime, look_back: timedelta = LOOK_BACK) -> int:
@@ -86,18 +90,26 @@ def of_tenant(tenant_id: int, key_id: int | None, now: datetime) -> list[dict[st
 
 
 def mail(now: datetime) -> int:
-    """Tells the owners of tenants what was not told yet, the highest part of each period alone; how many mails."""
+    """Tells the owners of tenants what was not told yet, the highest part of each period alone; how many mails.
+
+    What one of its receivers has is told: nobody gets it again because another's address was refused. An address that
+    is refused for good holds up nobody; where the server itself fails, the rest waits for the next round.
+    """
     if not settings.CONFIG.email_url:
         return 0
     sent = 0
     for alert in _unmailed()[:MAX_MAILS]:
         if not _claim(alert, now) or _is_outdone(alert):
             continue
-        try:
-            sent += _send(alert)
-        except (SMTPException, OSError) as error:
-            logger.warning("an alert is mailed later: %s", error)
+        number, failure = _send(alert)
+        sent += number
+        if failure is None:
+            continue
+        is_later = not number and not _is_final(failure)
+        logger.warning("an alert %s: %s", "is mailed later" if is_later else "did not reach all its receivers", failure)
+        if is_later:
             QuotaAlert.objects.filter(pk=alert.pk).update(mailed_at=None)
+        if not isinstance(failure, REFUSED):
             break
     return sent
 
@@ -128,8 +140,8 @@ def receivers(tenant_id: int) -> list[str]:
     return []
 
 
-def _send(alert: QuotaAlert) -> int:
-    """One mail to each owner, so that none sees the others."""
+def _send(alert: QuotaAlert) -> tuple[int, Exception | None]:
+    """One mail to each owner, so that none sees the others; how many, and the last failure."""
     period = alert.period
     whose = f"the key {period.key.name}" if period.key else period.tenant.name
     subject = f"{alert.percent} % of the {alert.counts} of {whose} are used"
@@ -137,7 +149,21 @@ def _send(alert: QuotaAlert) -> int:
         f"{alert.used:,} of {alert.quota:,} {alert.counts} of {whose} were used when this was noticed, "
         f"{alert.created_at:%Y-%m-%d %H:%M} UTC.\nThe quota starts anew at {period.ends_at:%Y-%m-%d %H:%M} UTC.\n"
     )
-    addresses = receivers(period.tenant_id)
-    for address in addresses:
-        send_mail(" ".join(subject.split()), text, settings.DEFAULT_FROM_EMAIL, [address])
-    return len(addresses)
+    sent, failure = 0, None
+    for address in receivers(period.tenant_id):
+        try:
+            send_mail(" ".join(subject.split()), text, settings.DEFAULT_FROM_EMAIL, [address])
+        except REFUSED as error:
+            failure = error
+        except (SMTPException, OSError) as error:
+            return sent, error
+        else:
+            sent += 1
+    return sent, failure
+
+
+def _is_final(failure: Exception) -> bool:
+    """Whether the server would say the same to the same mail later."""
+    if isinstance(failure, SMTPRecipientsRefused):
+        return all(code >= FINAL for code, _ in failure.recipients.values())
+    return isinstance(failure, SMTPDataError) and failure.smtp_code >= FINAL

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from django.db.models import F, Sum
 from django.db.models.functions import TruncHour
 
+from accounts.ledger.usage import first_of_rotations
 from accounts.models import DayUsage, LedgerEntry
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -21,6 +22,7 @@ NAMES = {"project_id": "tenant_id", "api_key_id": "key__public_id", "model": "mo
 """What results can be grouped by → the column of the days' sums."""
 OF_THE_LEDGER = {
     "tenant_id": "tenant_period__tenant_id",
+    "key_id": "key_period__key_id",
     "key__public_id": "key_period__key__public_id",
     "model": "model",
     "operation": "operation",
@@ -64,20 +66,27 @@ def floor(moment: datetime, width: timedelta) -> datetime:
 
 
 def results(question: Question) -> list[tuple[datetime, Sequence[Result]]]:
-    """Each stretch with its results, empty ones too."""
+    """Each stretch with its results, empty ones too: the first of them, as many as MAX_RESULTS have room for. Only one
+    that is too long by itself is cut."""
     found: defaultdict[datetime, list[Result]] = defaultdict(list)
     is_daily = question.width == DAY
-    rows = _days(question) if is_daily else _hours(question)
+    rows = list((_days(question) if is_daily else _hours(question))[: MAX_RESULTS + 1])
     columns = {name: NAMES[name] for name in question.group_by}
     if not is_daily:
         columns = {name: OF_THE_LEDGER[column] for name, column in columns.items()}
     for row in rows[:MAX_RESULTS]:
-        at = row["at"]
-        moment = datetime(at.year, at.month, at.day, tzinfo=UTC) if is_daily else at.astimezone(UTC)
         names = {name: row[column] for name, column in columns.items()}
-        found[moment].append(Result(names, {name: row[f"{name}_sum"] for name in SUMS}))
+        found[_moment(row["at"])].append(Result(names, {name: row[f"{name}_sum"] for name in SUMS}))
     moments = [question.start + place * question.width for place in range(question.number)]
+    if len(rows) > MAX_RESULTS:
+        not_whole = _moment(rows[-1]["at"])
+        moments = [moment for moment in moments if moment < not_whole] or moments[:1]
     return [(moment, found[moment]) for moment in moments]
+
+
+def _moment(at: date) -> datetime:
+    """Of a day, or of an hour."""
+    return at.astimezone(UTC) if isinstance(at, datetime) else datetime(at.year, at.month, at.day, tzinfo=UTC)
 
 
 def _days(question: Question) -> Any:
@@ -105,5 +114,6 @@ def _in_ledger(lookup: str) -> str:
 
 def _filters(question: Question) -> dict[str, Any]:
     found: dict[str, Any] = {} if question.operation is None else {"operation": question.operation}
-    named = {"model__in": question.models, "key__public_id__in": question.keys, "tenant_id__in": question.tenants}
-    return found | {name: values for name, values in named.items() if values}
+    keys = first_of_rotations(question.keys) if question.keys else ()
+    named = {"model__in": question.models, "key_id__in": keys, "tenant_id__in": question.tenants}
+    return found | {name: values for name, values in named.items() if values != ()}

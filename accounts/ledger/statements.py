@@ -28,6 +28,7 @@ MAX_LINES = 5000
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """The last four are the wide forms of the first."""
 CLOSE_AT_ONCE = 100
+LAST_MONTH = date.max.replace(day=1)
 GRACE = timedelta(minutes=10)
 """Clocks of several machines need not agree on when a month ends."""
 
@@ -36,7 +37,10 @@ def month_of(text: str) -> date:
     """2026-11 as its first day. Raises ValueError."""
     if len(text) != 7:
         raise ValueError("a month is written as 2026-11")
-    return date.fromisoformat(f"{text}-01")
+    month = date.fromisoformat(f"{text}-01")
+    if month >= LAST_MONTH:  # it has no end
+        raise ValueError("there is no such month")
+    return month
 
 
 def next_month(month: date) -> date:

@@ -5,19 +5,20 @@ Totals come from the periods, never from a count of the ledger.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import date, datetime
 from typing import Any
 
 from django.conf import settings
-from django.db.models import Sum
+from django.db.models import QuerySet, Sum
+from django.db.models.functions import Coalesce
 
 from accounts.identity import key_rows
 from accounts.identity.principals import Principal
 from accounts.ledger import alerts, periods
 from accounts.ledger.prices import money
 from accounts.limits.precedence import Limits
-from accounts.models import DayUsage, LedgerEntry, QuotaPeriod, Tenant
+from accounts.models import APIKey, DayUsage, LedgerEntry, QuotaPeriod, Tenant
 
 GROUPS = {"model": "model", "adapter": "adapters", "key": "key__public_id", "day": "day", "operation": "operation"}
 """What usage can be grouped by → its column in the days' sums."""
@@ -57,14 +58,20 @@ def grouped(
     tenant_id: int, since: date, until: date, by: Sequence[str], *, key: str | None = None
 ) -> tuple[list[dict[str, Any]], bool]:
     """Usage of a tenant from one day to another, both included, by names of GROUPS; whether more than MAX_ROWS were
-    there. `key`: of one alone, by the public id of the first of its rotation. One query."""
+    there. `key`: of one alone with all of its rotation, by the public id of any of them. One query."""
     rows = DayUsage.objects.filter(tenant_id=tenant_id, day__gte=since, day__lte=until)
     if key is not None:
-        rows = rows.filter(key__public_id=key)
+        rows = rows.filter(key_id__in=first_of_rotations([key]))
     columns = [GROUPS[name] for name in by]
     sums = rows.order_by().values(*columns).annotate(**{f"{name}_sum": Sum(name, default=0) for name in SUMS})
     found = list(sums.order_by(*columns)[: MAX_ROWS + 1]) if columns else [_total(rows)]
     return [_row(each, by) for each in found[:MAX_ROWS]], len(found) > MAX_ROWS
+
+
+def first_of_rotations(public_ids: Collection[str]) -> QuerySet[APIKey, int]:
+    """The keys that usage is counted on, of keys by their public ids: a query within the caller's."""
+    rows = APIKey.objects.filter(public_id__in=public_ids).order_by()
+    return rows.values_list(Coalesce("quota_key_id", "pk"), flat=True)
 
 
 def _total(rows: Any) -> dict[str, Any]:

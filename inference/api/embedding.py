@@ -23,7 +23,7 @@ from inference.api.errors import wrong_field
 from inference.api.following import Collected, collect
 from inference.api.generation import GenerationView, answer_headers, is_all_or_nothing
 from inference.api.hop import shared_hop
-from inference.api.llamacpp.prompts import tokens_of
+from inference.api.llamacpp.prompts import tokens_of_each
 from inference.api.llamacpp.schemas import MAX_PIECES, Piece, Text, TokenId
 from inference.api.parts import leave
 from inference.catalog import adapters
@@ -106,9 +106,9 @@ class EmbeddingView(GenerationView):
         """Each with what the model wants around a text. Ends as soon as there are too many."""
         found: list[tuple[int, ...]] = []
         room = MAX_INPUT_TOKENS
-        for each in asked.inputs:
-            found.append(tokens_of(each, served))
-            room -= len(found[-1])
+        for tokens in tokens_of_each(asked.inputs, served):
+            found.append(tokens)
+            room -= len(tokens)
             if room < 0:
                 raise wrong_field(asked.field, f"{MAX_INPUT_TOKENS} tokens at most in one request")
         return found

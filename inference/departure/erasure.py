@@ -58,6 +58,8 @@ NO_PEPPER = "erased"
 PATIENCE_SECONDS = 30.0
 """What runs is waited for so long after it was cancelled; then what is held for it is released."""
 LOOK_SECONDS = 0.2
+HEARD_SECONDS = 2.0
+"""Until then another process may let in a request of a key that was revoked just now."""
 CHUNK = 500
 
 
@@ -87,10 +89,10 @@ def erase(tenant: Tenant, *, now_too: bool = False) -> Erased:
         raise Busy(len(requests), len(batches))
     told = Erased(f"erased-{tenant.pk}")
     named = _rows_that_name_it(tenant)
-    tenants.set_status([tenant], Tenant.Status.SUSPENDED)
+    was_open = bool(tenants.set_status([tenant], Tenant.Status.SUSPENDED))
     for key in tenant.api_keys.filter(revoked_at=None):
         issuing.revoke(key)
-    _end_what_runs(tenant)
+    _end_what_runs(tenant, HEARD_SECONDS if was_open else 0.0)
     _forget_content(tenant, told)
     people = _forget_people(tenant)
     _forget_settings(tenant, told)
@@ -108,17 +110,20 @@ def _open_batches(tenant: Tenant) -> list[Batch]:
     return list(Batch.objects.filter(tenant=tenant, status__in=files.OPEN_STATES))
 
 
-def _end_what_runs(tenant: Tenant) -> None:
-    """Nothing new comes: its keys are revoked. Ends with nothing live, nothing unsettled and nothing held."""
+def _end_what_runs(tenant: Tenant, heard_seconds: float) -> None:
+    """Nothing new comes once all have heard that its keys are revoked. Ends with nothing live, nothing unsettled and
+    nothing held."""
     for batch in _open_batches(tenant):
         book.cancel(batch.pk, timezone.now())
-    deadline, client = time.monotonic() + PATIENCE_SECONDS, ticket_queue().client
+    heard_at = time.monotonic() + heard_seconds
+    deadline, client = heard_at + PATIENCE_SECONDS, ticket_queue().client
     while True:
         reaper.cancel_where(tenant_id=tenant.pk)
         while settlement.settle_pending(client):
             pass
-        held = _held(tenant)
-        if not held and not _open_batches(tenant) and not ticket_queue().live_requests(tenant_id=tenant.pk):
+        held, is_heard = _held(tenant), time.monotonic() >= heard_at
+        is_live = held or _open_batches(tenant) or ticket_queue().live_requests(tenant_id=tenant.pk)
+        if is_heard and not is_live:
             return
         if time.monotonic() > deadline:
             break
@@ -208,8 +213,9 @@ def _strip_names(tenant: Tenant, name: str) -> None:
 # What was noted of it
 
 
-def _rows_that_name_it(tenant: Tenant) -> Mapping[type[Model], Sequence[Any]]:
-    """Rows whose entries in the audit log and in the console's history have names; asked for while they are there."""
+def _rows_that_name_it(tenant: Tenant) -> Mapping[type[Model], Sequence[int | str]]:
+    """Rows whose entries in the audit log and in the console's history have names, those that were removed before, too;
+    asked for while the others are there."""
     adapters_of_it = Adapter.objects.filter(owner=tenant)
     found: dict[type[Model], QuerySet[Any]] = {
         Tenant: Tenant.objects.filter(pk=tenant.pk),
@@ -223,13 +229,29 @@ def _rows_that_name_it(tenant: Tenant) -> Mapping[type[Model], Sequence[Any]]:
         AdapterGrant: AdapterGrant.objects.filter(Q(tenant=tenant) | Q(adapter__in=adapters_of_it)),
         User: User.objects.filter(memberships__tenant=tenant, is_staff=False, is_superuser=False, staff_role=None),
     }
-    return {model: list(rows.values_list("pk", flat=True)) for model, rows in found.items()}
+    there = {model: list(rows.values_list("pk", flat=True)) for model, rows in found.items()}
+    for model, column, whose in (
+        (Membership, "tenant", Tenant),
+        (LimitRule, "tenant", Tenant),
+        (LimitRule, "key", APIKey),
+        (Adapter, "owner", Tenant),
+        (AdapterGrant, "tenant", Tenant),
+    ):
+        there[model] += _gone_before(model, column, there[whose])
+    return there
+
+
+def _gone_before(model: type[Model], column: str, pks: Sequence[Any]) -> list[str]:
+    """Numbers of rows that are not there any more, as the audit log has them: it was told whose they were."""
+    was_of_it = Q(**{f"diff__{column}__0__in": pks}) | Q(**{f"diff__{column}__1__in": pks})
+    rows = AuditEntry.objects.filter(was_of_it, model=_label(model)).order_by()
+    return list(rows.values_list("row", flat=True).distinct())
 
 
 def _strip_trails(named: Mapping[type[Model], Sequence[Any]], people: Sequence[str]) -> None:
     """Who, when and which field stays; what it was and is, and how the rows were called, goes."""
     for model, pks in named.items():
-        kept = list(User.objects.filter(pk__in=pks).values_list("pk", flat=True)) if model is User else []
+        kept = set(User.objects.filter(pk__in=pks).values_list("pk", flat=True)) if model is User else []
         gone = [str(pk) for pk in pks if pk not in kept]
         entries = AuditEntry.objects.filter(model=_label(model), row__in=gone)
         for entry in entries.iterator(CHUNK):

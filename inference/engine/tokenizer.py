@@ -259,7 +259,7 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
 
     encode: text, add_special (true), parse_special (false) -> tokens
     encode_segments: segments, pairs of a text and whether it is one special token -> tokens
-    encode_each: texts -> token_lists, without special tokens
+    encode_each: texts, add_special (false) -> token_lists
     pieces: tokens -> pieces, as Tokenizer.pieces
     detokenize: tokens, special (false) -> text
     grammar: grammar -> num_tokens, of the text it was tried on
@@ -275,7 +275,8 @@ def answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             segments = [(str(text), bool(is_special)) for text, is_special in request["segments"]]
             return {"tokens": tokenizer.encode_segments(segments)}
         case "encode_each":
-            return {"token_lists": [tokenizer.encode(str(text), add_special=False) for text in request["texts"]]}
+            add_special = request.get("add_special", False)
+            return {"token_lists": [tokenizer.encode(str(text), add_special=add_special) for text in request["texts"]]}
         case "pieces":
             return {"pieces": tokenizer.pieces(request["tokens"])}
         case "detokenize":

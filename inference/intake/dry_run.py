@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -131,13 +131,12 @@ def verdict(principal: Principal, wanted: list[Wanted], request_rate: RateState,
     balances = quotas.balances(order)
     held, refusal, tokens = None, None, RateState()
     try:
-        if computed:
+        if computed:  # in the order of admission
+            check_queue(computed[0].served, principal)
             tokens = throttling.would_enter(principal, tokens=prompt + output, stream=streams).tokens
         held = decide(order, balances)
         if isinstance(held, Refusal):
             raise held
-        if computed:
-            check_queue(wanted[0].served, principal)
     except Refusal as found:
         if found.code == "service_unavailable":
             raise
@@ -190,14 +189,17 @@ def queue_lengths(principal: Principal) -> QueueLengths:
 
 
 def _reserve_order(principal: Principal, wanted: list[Wanted], prompt: int, output: int, now: datetime) -> ReserveOrder:
-    """Of all orders of the request: they are reserved together."""
+    """Of all orders of the request: they are reserved together. What is cached needs a request, and no tokens."""
+    limits = _both(principal)
+    if all(each.is_cached for each in wanted):
+        limits = (replace(limits[0], monthly_tokens=None), replace(limits[1], monthly_tokens=None))
     return ReserveOrder(
         request_id="",
         tenant_id=principal.tenant_id,
         key_id=principal.quota_key_id,
         anchor_day=principal.quota_anchor_day,
-        tenant_limits=principal.tenant_limits,
-        key_limits=principal.key_limits,
+        tenant_limits=limits[0],
+        key_limits=limits[1],
         prompt_tokens=prompt,
         max_tokens=output,
         all_or_nothing=wanted[0].order.all_or_nothing,

@@ -30,7 +30,7 @@ class SiteFileCommand(HouseCommand):
         parser.add_argument(
             "--prune",
             action="store_true",
-            help="switch off models and suspend tenants that the file does not name; without it they stay",
+            help="switch off models and suspend tenants that the lists of them in the file do not name",
         )
 
     def prepared(self, options: dict[str, Any], *, dry_run: bool) -> SitePlan:

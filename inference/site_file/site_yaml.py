@@ -129,12 +129,12 @@ def prepare(
 ) -> SitePlan:
     """Understand and compare; writes nothing. `path` is where the file is: paths of models are relative to its folder.
 
-    dry_run: model files are not hashed or loaded. prune: what the file does not name is switched off (models) or
-    suspended (tenants). Raises ModelsYamlError with every problem at once.
+    dry_run: model files are not hashed or loaded. prune: what its lists do not name is switched off (models) or
+    suspended (tenants); a file without the list is not about them. Raises ModelsYamlError with every problem at once.
     """
     plan = SitePlan()
     _compare_plans(plan, file)
-    _compare_tenants(plan, file, prune)
+    _compare_tenants(plan, file, prune and "tenants" in file.model_fields_set)
     if "prices" in file.model_fields_set:
         rules_yaml.compare_prices(plan, file.prices)
     if "limit_rules" in file.model_fields_set:
@@ -145,7 +145,8 @@ def prepare(
     _check_grants(plan, file)
     if plan.problems:
         raise ModelsYamlError("config_invalid", plan.problems)
-    plan.models = models_yaml.prepare(wanted, dry_run=dry_run, prune=prune, progress=progress, trial=trial)
+    prunes_models = prune and "models" in file.model_fields_set
+    plan.models = models_yaml.prepare(wanted, dry_run=dry_run, prune=prunes_models, progress=progress, trial=trial)
     plan.warnings += wanted.warnings
     plan.changes += _model_changes(plan.models)
     return plan
@@ -232,8 +233,9 @@ def _compare_keys(plan: SitePlan, place: str, entry: TenantEntry, tenant: Tenant
         elif row.tenant_id != tenant.pk:
             plan.problems.append(f"{where}.prefix: this is a key of another tenant")
         else:
-            given = {"name": key.name, "scopes": list(key.scopes), "limit_overrides": key.limits}
-            given |= {name: getattr(key, name) for name in ALLOWED if name in key.model_fields_set}
+            given = {"name": key.name, "scopes": list(key.scopes)}
+            optional = {name: TENANT_FIELDS[name] for name in ("limit_overrides", *ALLOWED)}
+            given |= {name: getattr(key, word) for name, word in optional.items() if word in key.model_fields_set}
             compare_row(plan, "key", where, row, given, words=TENANT_FIELDS)
 
 

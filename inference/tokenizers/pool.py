@@ -264,10 +264,13 @@ class TokenizerPool:
         _check_length(len(text))
         return tuple(self.ask(model, {"op": "encode", "text": text, "add_special": add_special})["tokens"])
 
-    def encode_each(self, model: HasVocabulary, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    def encode_each(
+        self, model: HasVocabulary, texts: Sequence[str], *, add_special: bool = False
+    ) -> list[tuple[int, ...]]:
         """The tokens of each text, in one question. Raises Refusal as `encode`."""
         _check_length(sum(map(len, texts)))
-        return [tuple(each) for each in self.ask(model, {"op": "encode_each", "texts": list(texts)})["token_lists"]]
+        question = {"op": "encode_each", "texts": list(texts), "add_special": add_special}
+        return [tuple(each) for each in self.ask(model, question)["token_lists"]]
 
     def pieces(self, model: HasVocabulary, tokens: Sequence[int]) -> list[str | list[int]]:
         """The text of each token, or its bytes where they are none. Raises Refusal as `decode`."""

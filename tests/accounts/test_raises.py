@@ -189,3 +189,29 @@ def test_what_one_operator_gives_back_is_bounded_like_a_raise(cast: Cast, thresh
         adjusting.adjust(tenant, cast.alice.key, tokens=-1, reason="by a key", now=now)
     adjusting.adjust(tenant, None, tokens=5, reason="a charge", now=now)
     assert QuotaPeriod.objects.get(key=None).used_tokens == 40_000_005
+
+
+def test_what_was_approved_for_a_time_is_not_made_longer_or_given_away_by_one(cast: Cast, threshold: None) -> None:
+    now = timezone.now()
+    with as_actor("one"):
+        asked = raises.ask(cast.alice.tenant, MUCH, "launch", now + timedelta(days=3), now=now)
+    with as_actor("two"):
+        raises.decide(asked.pk, approve=True, now=now)
+    rule = LimitRule.objects.get()
+    for change in (
+        {"ends_at": None},
+        {"ends_at": now + timedelta(days=4)},
+        {"starts_at": now - timedelta(days=4)},
+        {"tenant": cast.bob.tenant},
+        {"tenant": None, "plan": cast.bob.tenant.plan},
+        {"recurrence": "month_end", "last_days": 28},
+    ):
+        wider = LimitRule.objects.get()
+        for name, value in change.items():
+            setattr(wider, name, value)
+        with pytest.raises(ValidationError, match="second operator"):
+            limit_rules.save(wider)
+    rule.starts_at = rule.starts_at.replace(microsecond=0)  # as the console's form has it
+    rule.value, rule.ends_at, rule.reason = MUCH - 1, now + timedelta(days=2), "less, and shorter"
+    limit_rules.save(rule)
+    assert LimitRule.objects.get().reason == "less, and shorter"

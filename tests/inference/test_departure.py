@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 import zlib
 from collections.abc import Iterator
 from datetime import timedelta
@@ -51,6 +52,12 @@ from tests.inference.test_batch_operators import SECRET, make_batch, make_file
 from tests.test_slots import FRANCE, act, computed
 
 pytestmark = [pytest.mark.integration, pytest.mark.django_db]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process is there that would have to hear of it."""
+    monkeypatch.setattr(erasure, "HEARD_SECONDS", 0.0)
 
 
 def word_of(who: Customer) -> str:
@@ -213,6 +220,53 @@ def test_an_erased_tenant_has_no_name_content_or_key_and_its_ledger_is_proven(ca
     assert [entry.diff for entry in changes] == [{"quota_anchor_day": ["(erased)", "(erased)"]}], (
         "that it changed stays"
     )
+
+
+def test_what_was_removed_before_is_not_named_in_the_trails_either(cast: Cast) -> None:
+    tenant, friend, now = cast.alice.tenant, User.objects.create_user("friend"), timezone.now()
+    small = ServedModel.objects.create(name="small", path="/s.gguf", digest="a" * 64, n_ctx=64, n_slots=1)
+    own, shared = (
+        Adapter.objects.create(
+            base_model=small, name=name, path=f"/{name}", digest=name * 64, rank=4, alpha=4.0, owner=owner
+        )
+        for name, owner in (("a", tenant), ("b", None))
+    )
+    rules = [
+        LimitRule.objects.create(limit="monthly_tokens", value=9, starts_at=now, reason="Alice's", **owner)
+        for owner in ({"tenant": tenant}, {"key": cast.alice.key})
+    ]
+    rows = [*rules, Membership.objects.create(tenant=tenant, user=friend), granting.grant(shared, tenant), own]
+    for row in rows:
+        LogEntry.objects.create(
+            user=friend, content_type=ContentType.objects.get_for_model(row), object_id=str(row.pk),
+            object_repr="of Alice's", action_flag=CHANGE,
+        )  # fmt: skip
+        row.delete()
+    assert len(rows_with("Alice's")) > len(rows)
+    kept = AuditEntry.objects.count()
+    said("erase_tenant", "Alice's", "--yes")
+    assert rows_with("Alice's") == {}
+    assert AuditEntry.objects.count() > kept, "that something was done stays"
+    assert (
+        AuditEntry.objects.filter(model="accounts.limitrule", action="delete", name__endswith="(erased)").count() == 2
+    )
+    assert User.objects.filter(username="friend").exists()
+
+
+def test_what_a_process_lets_in_that_has_not_heard_of_it_yet_leaves_nothing(
+    cast: Cast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a second a web process may still have its keys in memory."""
+    monkeypatch.setattr(erasure, "HEARD_SECONDS", 1.0)
+    tickets, tenant_id, key_id = queue.ticket_queue(), cast.alice.tenant.pk, cast.alice.key.pk
+    tickets.beat("worker-1", POOL, 1, {"models": []})
+    late = ticket(tenant_id=tenant_id, key_id=key_id, quota_key_id=key_id)
+    other = threading.Timer(0.3, tickets.put, [late])
+    other.start()
+    said("erase_tenant", "Alice's", "--yes")
+    other.join()
+    assert tickets.state(late.request_id) is None and tickets.live_requests(tenant_id=tenant_id) == []
+    assert not Receipt.objects.filter(tenant_id=tenant_id).exists()
 
 
 def test_erasing_twice_is_harmless(cast: Cast) -> None:

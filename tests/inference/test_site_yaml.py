@@ -221,6 +221,32 @@ def test_a_models_yaml_is_such_a_file(house: Path) -> None:
     assert "n_slots: 3 → 2" in text
 
 
+def test_a_file_that_is_not_about_tenants_or_models_prunes_none(house: Path) -> None:
+    (house / "models.yaml").write_text("models: [{id: second}]")
+    text = command("apply_config", str(house / "models.yaml"), "--prune")
+    assert "- model   first  switched_off" in text
+    assert Tenant.objects.filter(status="active").count() == 2
+    ServedModel.objects.update(load_mode="lazy")
+    (house / "tenants.yaml").write_text("tenants: [{name: Bob's, plan: cast}]")
+    text = command("apply_config", str(house / "tenants.yaml"), "--prune")
+    assert "- tenant  Alice's  suspended" in text
+    assert set(ServedModel.objects.values_list("load_mode", flat=True)) == {"lazy"}
+    (house / "tenants.yaml").write_text("tenants: []")
+    assert "- tenant  Bob's  suspended" in command("apply_config", str(house / "tenants.yaml"), "--prune")
+
+
+def test_a_key_without_limits_in_the_file_keeps_its_own(house: Path) -> None:
+    content, key = site_yaml.export(), APIKey.objects.get()
+    assert key.limit_overrides
+    del content["tenants"][0]["keys"][0]["limits"]
+    path = written(house, content)
+    command("diff_config", path)
+    content["tenants"][0]["keys"][0]["name"] = "renamed"
+    command("apply_config", written(house, content))
+    changed = APIKey.objects.get()
+    assert (changed.name, changed.limit_overrides) == ("renamed", key.limit_overrides)
+
+
 def test_all_problems_of_a_file_are_listed_and_nothing_is_changed(house: Path) -> None:
     content = site_yaml.export()
     content["tenants"][0]["plan"] = "gold"

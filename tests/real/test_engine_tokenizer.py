@@ -165,6 +165,15 @@ def test_requests_are_answered_in_order(tokenizer: Tokenizer) -> None:
     assert info["ok"] is True
 
 
+def test_many_texts_in_one_question_are_what_each_is_alone(tokenizer: Tokenizer) -> None:
+    texts = ["Hello", "", "world, <|im_end|>"]
+    for add_special in (True, False):
+        (found,) = talk(tokenizer, {"op": "encode_each", "texts": texts, "add_special": add_special})
+        assert found["token_lists"] == [tokenizer.encode(text, add_special=add_special) for text in texts]
+    (plain,) = talk(tokenizer, {"op": "encode_each", "texts": texts})
+    assert plain == found
+
+
 @pytest.mark.parametrize(
     ("request_", "code"),
     [

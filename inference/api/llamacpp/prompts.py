@@ -5,7 +5,7 @@ Blocking: the model's tokenizer is asked. Nothing in a text becomes a special to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from accounts.trail.refusals import Refusal
@@ -16,6 +16,8 @@ from inference.catalog.served import Served
 from inference.engine.types import SamplingParams
 from inference.tokenizers import pool
 
+CHARACTERS_AT_ONCE = 1 << 16
+"""Of many texts, in one question to a tokenizer."""
 BATCH_TOKENS = 512
 """Of a file's beginning and end so many tokens are taken at most, three of the beginning for one of the end."""
 REPOSITORY, FILE_NAME = "myproject", "filename"
@@ -27,6 +29,29 @@ SNIPPET = "\n\n--- snippet ---\n\n"
 def tokens_of(prompt: Piece, served: Served) -> tuple[int, ...]:
     """With what the model puts before a text, if it begins with one. Raises Refusal."""
     return _checked(_tokens(prompt, served, add_special=True), served)
+
+
+def tokens_of_each(prompts: Iterable[Piece], served: Served) -> Iterator[tuple[int, ...]]:
+    """As tokens_of, of many: texts that follow one another are asked for together, CHARACTERS_AT_ONCE in a question, so
+    that none takes longer than a long prompt. Whoever has enough stops. Raises Refusal."""
+    texts: list[str] = []
+    room = CHARACTERS_AT_ONCE
+    for prompt in prompts:
+        if texts and not (isinstance(prompt, str) and len(prompt) <= room):
+            yield from _each(texts, served)
+            texts, room = [], CHARACTERS_AT_ONCE
+        if isinstance(prompt, str):
+            texts.append(prompt)
+            room -= len(prompt)
+        else:
+            yield tokens_of(prompt, served)
+    if texts:
+        yield from _each(texts, served)
+
+
+def _each(texts: Sequence[str], served: Served) -> Iterator[tuple[int, ...]]:
+    found = pool.tokenizer_pool().encode_each(served, texts, add_special=True)
+    return (_checked(tokens, served) for tokens in found)
 
 
 def _checked(tokens: Iterable[int], served: Served) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from inference.api.openai.base import OpenAIView
 MAX_TIME = 4_102_444_800
 PROJECT = "proj_"
 PAGE = "page_"
+MAX_ROW = 2**63 - 1
 Names = Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)]
 
 
@@ -47,7 +48,9 @@ class PageQuery(BaseModel):
     bucket_width: Literal["1d", "1h"] = "1d"
     limit: int | None = Field(None, ge=1)
     page: str | None = Field(None, pattern=r"^page_[0-9]{1,12}$")
-    project_ids: Annotated[list[int], BeforeValidator(_projects)] = Field([], max_length=100)
+    project_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_ROW)]], BeforeValidator(_projects)] = Field(
+        [], max_length=100
+    )
 
     @model_validator(mode="after")
     def _is_bounded(self) -> PageQuery:
@@ -108,7 +111,8 @@ class OrganizationView(OpenAIView, ABC):
         self.admit_to_view()
         query = self.query_form.model_validate(_values(request))
         settlement.catch_up()
-        question, next_page = self.question(query)
+        question, left = self.question(query)
+        stretches = buckets.results(question)
         data = [
             {
                 "object": "bucket",
@@ -116,14 +120,16 @@ class OrganizationView(OpenAIView, ABC):
                 "end_time": int((moment + question.width).timestamp()),
                 "results": [self.result(each) for each in found],
             }
-            for moment, found in buckets.results(question)
+            for moment, found in stretches
         ]
+        end = question.start + len(stretches) * question.width
+        next_page = f"{PAGE}{int(end.timestamp())}" if left > len(stretches) else None
         return json_response(
             {"object": "page", "data": data, "has_more": next_page is not None, "next_page": next_page}
         )
 
-    def question(self, query: PageQuery) -> tuple[Question, str | None]:
-        """With the name of the page that follows."""
+    def question(self, query: PageQuery) -> tuple[Question, int]:
+        """With the number of stretches that are left, those of this page included."""
         width = DAY if query.bucket_width == "1d" else HOUR
         first = int(query.page.removeprefix(PAGE)) if query.page else query.start_time
         start = buckets.floor(datetime.fromtimestamp(min(first, MAX_TIME), UTC), width)
@@ -140,7 +146,7 @@ class OrganizationView(OpenAIView, ABC):
             keys=tuple(getattr(query, "api_key_ids", ())),
             tenants=tuple(query.project_ids),
         )
-        return question, f"{PAGE}{int(question.end.timestamp())}" if left > number else None
+        return question, left
 
     @abstractmethod
     def result(self, found: Result) -> dict[str, Any]:

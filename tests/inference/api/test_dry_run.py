@@ -159,6 +159,27 @@ def test_a_cached_answer_takes_a_request_and_no_tokens(site: InProcessSite) -> N
     assert (told["cached"], told["reserved_tokens"], told["requests"]) == (True, 0, 1)
 
 
+def test_a_cached_answer_needs_no_tokens_of_a_quota_that_was_lowered(site: InProcessSite) -> None:
+    client = site.client(site.cast.alice)
+    client.post("/v1/generate", json=BODIES["/v1/generate"])
+    site.settle()
+    limited(site.cast.alice, monthly_tokens=3)
+    told = ask(client, BODIES["/v1/generate"]).json()
+    assert (told["admitted"], told["refusal"], told["max_tokens"]) == (True, None, 0)
+    assert client.post("/v1/generate", json=BODIES["/v1/generate"]).headers["x-cache"] == "hit"
+
+
+def test_of_two_limits_that_refuse_it_names_the_one_that_the_request_meets_first(
+    site: InProcessSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "crowd_of", lambda *_: SimpleNamespace(full="tenant", num_waiting=1, num_free=0))
+    limited(site.cast.alice, queue_length=1, tokens_per_minute=7, monthly_tokens=3)
+    client, body = site.client(site.cast.alice), BODIES["/v1/generate"]
+    told, real = ask(client, body).json(), client.post("/v1/generate", json=body)
+    assert real.json()["code"] == "queue_full"
+    assert (told["refusal"]["message"], told["binding"]["limit"]) == (real.json()["message"], "queue_length")
+
+
 def test_the_queue_is_told(site: InProcessSite) -> None:
     told = ask(site.client(site.cast.alice), BODIES["/v1/generate"]).json()
     assert told["queue"] == {"waiting": 0, "free_slots": 8, "seconds": 0.0}

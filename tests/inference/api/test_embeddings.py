@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from inference.api import embedding
+from inference.api.llamacpp import prompts
 from inference.catalog import registry
 from inference.models import Receipt, ServedModel
 from tests.conftest import make_customer
@@ -125,6 +126,28 @@ def test_what_is_refused_holds_and_charges_nothing(
 
 def test_a_whole_context_fits_and_no_answer_needs_room(site: InProcessSite) -> None:
     assert len(vectors(embed(site.client(site.cast.alice), "word " * N_CTX))) == 1
+
+
+def test_texts_are_tokenized_together_some_at_a_time(site: InProcessSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    alice = site.client(site.cast.alice)
+    asked: list[list[str]] = []
+    encode_each = site.tokenizers.encode_each
+
+    def counted(model: Any, texts: Any, **how: Any) -> Any:
+        asked.append(list(texts))
+        return encode_each(model, texts, **how)
+
+    monkeypatch.setattr(site.tokenizers, "encode_each", counted)
+    monkeypatch.setattr(prompts, "CHARACTERS_AT_ONCE", 6)
+    texts = ["a b", "c", "d e f g h", "i", "j k", "l m"]
+    alone = [vectors(embed(alice, each))[0] for each in texts]
+    asked.clear()
+    assert vectors(embed(alice, texts)) == alone
+    assert asked == [["a b", "c"], ["d e f g h"], ["i", "j k"], ["l m"]]
+    asked.clear()
+    mixed = [[5, 6], "a b", [7]]
+    assert len(alice.post("/embedding", json={"content": mixed}).json()) == 3
+    assert asked == [["a b"]]
 
 
 def test_there_is_an_end_to_tokens_and_numbers_of_one_request(

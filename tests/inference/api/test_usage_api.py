@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import smtplib
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from django.core import mail
 from django.utils import timezone
 
-from accounts.ledger import alerts
-from accounts.models import Membership, Price, QuotaAlert
+from accounts.identity import issuing
+from accounts.ledger import alerts, buckets
+from accounts.models import DayUsage, LedgerEntry, Membership, Price, QuotaAlert
 from tests.in_process import MODEL, InProcessSite
 
 pytestmark = pytest.mark.integration
@@ -94,7 +96,8 @@ def test_statements(used: InProcessSite) -> None:
     found = client.get(listed[0]["url"]).json()
     assert (found["requests"], found["tokens"], found["cost"], found["currency"]) == (2, 8, "0.013", "USD")
     assert client.get(listed[0]["url"], params={"format": "csv"}).text.count("\n") == 2
-    assert client.get("/v1/me/statements/2026-99").status_code == 404
+    for month in ("2026-99", "9999-12", "0000-01"):
+        assert client.get(f"/v1/me/statements/{month}").status_code == 404, month
 
 
 # In OpenAI's shape
@@ -102,7 +105,8 @@ def test_statements(used: InProcessSite) -> None:
 
 def of_organization(site: InProcessSite, path: str, **query: Any) -> Any:
     start = int((timezone.now() - timedelta(days=2)).timestamp())
-    answer = site.client(site.cast.operator).get(f"/v1/organization/{path}", params={"start_time": start, **query})
+    params = {"start_time": start, **query}
+    answer = site.client(site.cast.operator).get(f"/v1/organization/{path}", params=params)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -151,6 +155,40 @@ def test_pages_follow_one_another(used: InProcessSite) -> None:
     assert second["data"][0]["start_time"] == first["data"][-1]["end_time"]
 
 
+@pytest.mark.parametrize("width", ["1d", "1h"])
+def test_a_page_ends_before_the_stretch_that_is_too_long_for_it(
+    used: InProcessSite, monkeypatch: pytest.MonkeyPatch, width: str
+) -> None:
+    """Cut within it, the keys that were left out would seem to have used nothing."""
+    before = timezone.now() - timedelta(days=1)
+    DayUsage.objects.filter(key=used.cast.bob.key).update(day=before.date())
+    LedgerEntry.objects.filter(key_period__key=used.cast.bob.key).update(created_at=before)
+    monkeypatch.setattr(buckets, "MAX_RESULTS", 1)
+    asked = {"bucket_width": width, "limit": {"1d": 31, "1h": 60}[width], "group_by": "api_key_id"}
+    first = of_organization(used, "usage/completions", **asked)
+    assert first["has_more"] and first["data"][-1]["end_time"] <= timezone.now().timestamp()
+    second = of_organization(used, "usage/completions", **asked, page=first["next_page"])
+    assert second["data"][0]["start_time"] == first["data"][-1]["end_time"]
+    found = [result for page in (first, second) for bucket in page["data"] for result in bucket["results"]]
+    assert [each["api_key_id"] for each in found] == [
+        customer.key.public_id for customer in (used.cast.bob, used.cast.alice)
+    ]
+
+
+def test_usage_of_a_rotated_key_is_asked_for_by_any_of_its_ids(used: InProcessSite) -> None:
+    first = used.cast.alice.key
+    second, _ = issuing.rotate(first, 3600)
+    for key in (first, second):
+        params = {"group_by": "key", "key": key.public_id}
+        (row,) = used.client(used.cast.alice).get("/v1/me/usage", params=params).json()["window"]["rows"]
+        assert (row["key"], row["requests"]) == (first.public_id, 2)
+        for width in ("1d", "1h"):
+            asked = {"api_key_ids": key.public_id, "bucket_width": width, "limit": 24}
+            start = int((timezone.now() - timedelta(hours=20)).timestamp())
+            found = of_organization(used, "usage/completions", **asked, start_time=start)
+            assert sum(each["num_model_requests"] for bucket in found["data"] for each in bucket["results"]) == 2
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -159,6 +197,8 @@ def test_pages_follow_one_another(used: InProcessSite) -> None:
         {"limit": 32},
         {"bucket_width": "1m"},
         {"page": "x"},
+        {"project_ids": "proj_99999999999999999999"},
+        {"project_ids": "proj_-1"},
         {"a": 1},
     ],
 )
@@ -275,3 +315,35 @@ def test_operators_are_told_where_a_tenant_has_no_owner_with_an_address(
 
 def _refuse(*_arguments: Any) -> None:
     raise ConnectionRefusedError
+
+
+def test_an_address_that_is_refused_holds_up_nobody_and_nobody_is_told_twice(
+    used: InProcessSite, settings: Any, monkeypatch: Any
+) -> None:
+    from django.contrib.auth.models import User
+
+    for who, names in ((used.cast.alice, ("alice", "gone")), (used.cast.bob, ("bob",))):
+        who.tenant.limit_overrides = {"monthly_tokens": 8}
+        who.tenant.save()
+        for name in names:
+            user = User.objects.create_user(name, f"{name}@example.org")
+            Membership.objects.create(tenant=who.tenant, user=user, role="owner")
+    monkeypatch.setattr(settings.CONFIG, "email_url", "smtp://localhost")
+    refusals = {"gone@example.org": 550}
+    send = alerts.send_mail
+
+    def picky(subject: str, text: str, sender: str, to: list[str]) -> None:
+        if code := refusals.get(to[0]):
+            raise smtplib.SMTPRecipientsRefused({to[0]: (code, b"no")})
+        send(subject, text, sender, to)
+
+    monkeypatch.setattr(alerts, "send_mail", picky)
+    now = timezone.now()
+    assert alerts.notice(now) == 6
+    assert [alerts.mail(now) for _ in range(3)] == [2, 0, 0]
+    assert sorted(message.to[0] for message in mail.outbox) == ["alice@example.org", "bob@example.org"]
+    QuotaAlert.objects.filter(percent=100).update(mailed_at=None)
+    refusals.update({"alice@example.org": 450, "gone@example.org": 450})
+    assert (alerts.mail(now), len(mail.outbox)) == (1, 3), "Bob is told, Alice's mailboxes are full"
+    refusals.clear()
+    assert (alerts.mail(now), alerts.mail(now)) == (2, 0)
