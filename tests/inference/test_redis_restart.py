@@ -62,6 +62,7 @@ class Server:
     def stop(self) -> None:
         assert self.process is not None
         self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)  # a test may have failed while it stood still
         self.process.wait(10)
 
     def stand_still(self, seconds: float) -> threading.Timer:
