@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -72,9 +73,16 @@ def pytest_configure(config: pytest.Config) -> None:
     import django
 
     django.setup()
+    import django_ratelimit.core
+
+    from accounts.trail import refusal_log
     from tests import emptying
 
     emptying.install()
+    # A minute would end in the middle of one test in a few thousand; a test in which it ends says so itself.
+    django_ratelimit.core.time = SimpleNamespace(time=lambda: 1_800_000_000.0)  # type: ignore[attr-defined]
+    # Its thread would write rows of one test into the tables of the next: whoever wants them calls LOG.write().
+    refusal_log.LOG._ensure_started = lambda: None  # type: ignore[method-assign]
 
 
 # Services

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -237,6 +237,28 @@ class InProcessSite:
         if self.host is not None:
             assert self.host._settler.flush(PATIENCE_SECONDS)
         settlement.settle_pending(redis_client.client())
+
+
+def post_bytes(key: str, content: bytes, path: str = "/v1/generate", **headers: str) -> bytes:
+    """The bytes of a request."""
+    lines = {"Host": "x", "X-API-Key": key, "Content-Length": str(len(content)), **headers}
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def leave_after(
+    site: InProcessSite,
+    key: str,
+    body: dict[str, Any],
+    wait: Callable[[], object],
+    path: str = "/v1/generate",
+    **headers: str,
+) -> None:
+    """Sends a request on a socket and closes it when `wait` returns."""
+    host, port = site.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(post_bytes(key, orjson.dumps(body), path, **headers))
+        wait()
 
 
 def _serve_models(cast: Any) -> dict[str, Any]:

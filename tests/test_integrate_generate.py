@@ -13,12 +13,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 
 from tests.conftest import make_customer
-from tests.in_process import MODEL, Client, FakeSpeed, InProcessSite, read_events, wait_until
+from tests.in_process import (
+    MODEL,
+    Client,
+    FakeSpeed,
+    InProcessSite,
+    leave_after,
+    post_bytes,
+    read_events,
+    wait_until,
+)
 from tests.timing import PATIENCE_SECONDS, Stopwatch
 
 pytestmark = [pytest.mark.api, pytest.mark.integration]
@@ -136,9 +144,15 @@ def test_a_request_that_waits_has_a_position(slow_site: InProcessSite) -> None:
 
 
 def test_requests_at_once_are_decoded_in_one_batch(slow_site: InProcessSite) -> None:
+    from inference.transport.queue import ticket_queue
+
     client = slow_site.client(slow_site.cast.alice)
+    slow_site.stop_worker()
     with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(lambda number: client.generate(f"p{number}", max_new_tokens=30), range(4)))
+        asked = [pool.submit(client.generate, f"p{number}", max_new_tokens=30) for number in range(4)]
+        wait_until(lambda: ticket_queue().num_waiting("default") == 4)
+        slow_site.start_worker()
+        replies = [each.result() for each in asked]
     slow_site.settle()
     receipts = [client.get(f"/v1/requests/{reply.headers['x-request-id']}").json()["receipt"] for reply in replies]
     assert all(receipt["mean_batch_size"] > 2 for receipt in receipts)
@@ -154,21 +168,6 @@ def test_more_requests_than_slots_wait_and_are_all_answered(slow_site: InProcess
 # Clients that go
 
 
-def post(key: str, content: bytes) -> bytes:
-    """The bytes of a request."""
-    head = f"POST /v1/generate HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nContent-Length: {len(content)}\r\n\r\n"
-    return head.encode() + content
-
-
-def leave_after(base_url: str, key: str, body: dict[str, Any], wait: Any) -> None:
-    """Sends a request on a socket and closes it when `wait` returns."""
-    content = orjson.dumps(body)
-    host, port = base_url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(post(key, content))
-        wait()
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_closed_connection_frees_its_slot(slow_site: InProcessSite, stream: bool) -> None:
     body = {"prompt": "go on", "max_new_tokens": 200, "stream": stream}
@@ -178,7 +177,7 @@ def test_a_closed_connection_frees_its_slot(slow_site: InProcessSite, stream: bo
         """What goes before its first step is free."""
         return any(live.first_text_at for live in list(slow_site.host._live.values()))
 
-    leave_after(slow_site.base_url, key, body, lambda: wait_until(has_text))
+    leave_after(slow_site, key, body, lambda: wait_until(has_text))
     watch = Stopwatch()
     wait_until(lambda: slow_site.num_running() == 0)
     assert watch.seconds() < 0.25
@@ -229,7 +228,7 @@ def test_a_client_that_goes_while_it_waits_leaves_nothing(slow_site: InProcessSi
     slow_site.stop_worker()
     waiting = lambda: ticket_queue().num_waiting("default")  # noqa: E731
     body = {"prompt": "go on", "max_new_tokens": 20}
-    leave_after(slow_site.base_url, slow_site.cast.alice.text, body, lambda: wait_until(lambda: waiting() == 1))
+    leave_after(slow_site, slow_site.cast.alice.text, body, lambda: wait_until(lambda: waiting() == 1))
     wait_until(lambda: waiting() == 0)
     wait_until(lambda: slow_site.charged(slow_site.cast.alice) == (0, 0))
 
@@ -239,19 +238,23 @@ def test_a_client_that_goes_during_admission_leaves_nothing(
 ) -> None:
     from inference.intake import admission
 
-    entered, go_on = threading.Event(), threading.Event()
+    entered, go_on, admitted = threading.Event(), threading.Event(), threading.Event()
     admit = admission.admit
 
     def held(*args: Any, **kwargs: Any) -> Any:
         entered.set()
         go_on.wait(PATIENCE_SECONDS)
-        return admit(*args, **kwargs)
+        try:
+            return admit(*args, **kwargs)
+        finally:
+            admitted.set()
 
     monkeypatch.setattr(admission, "admit", held)
     body = {"prompt": "go on", "max_new_tokens": 200}
-    leave_after(slow_site.base_url, slow_site.cast.alice.text, body, lambda: entered.wait(PATIENCE_SECONDS))
+    leave_after(slow_site, slow_site.cast.alice.text, body, lambda: entered.wait(PATIENCE_SECONDS))
     time.sleep(0.1)
     go_on.set()
+    assert admitted.wait(PATIENCE_SECONDS)
     time.sleep(0.1)
     wait_until(lambda: slow_site.num_running() == 0)
     wait_until(lambda: slow_site.charged(slow_site.cast.alice)[1] == 0)
@@ -285,27 +288,28 @@ def test_two_hundred_waiting_requests_hold_no_more_than_the_bounded_threads(site
 
     from inference.transport.queue import ticket_queue
 
+    warm = site.client(site.cast.alice)  # what a process has one of is there from now on
+    assert warm.generate().status_code == warm.get("/healthz").status_code == 200
+    used = site.charged(site.cast.alice)
     site.stop_worker()
     key = site.cast.alice.text
-    with httpx.Client(base_url=site.base_url) as warm:
-        warm.get("/healthz")
     before = {thread.name for thread in threading.enumerate()}
     sockets = []
     for number in range(200):
         content = orjson.dumps({"prompt": f"p{number}", "stream": number % 2 == 0})
         host, port = site.base_url.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)))
-        connection.sendall(post(key, content))
+        connection.sendall(post_bytes(key, content))
         sockets.append(connection)
-    wait_until(lambda: ticket_queue().num_waiting("default") == 200, 20.0)
+    wait_until(lambda: ticket_queue().num_waiting("default") == 200, 2 * PATIENCE_SECONDS)
     new = [thread.name for thread in threading.enumerate() if thread.name not in before]
     admission_threads = [name for name in new if name.startswith("api_")]
     assert len(admission_threads) <= settings.CONFIG.web_threads
     assert len(new) - len(admission_threads) <= 1, new
     for connection in sockets:
         connection.close()
-    wait_until(lambda: ticket_queue().num_waiting("default") == 0, 20.0)
-    wait_until(lambda: site.charged(site.cast.alice) == (0, 0))
+    wait_until(lambda: ticket_queue().num_waiting("default") == 0, 2 * PATIENCE_SECONDS)
+    wait_until(lambda: site.charged(site.cast.alice) == used)
 
 
 # Dependencies that go

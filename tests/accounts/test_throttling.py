@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -37,17 +36,9 @@ def refused(action: Any, *args: Any, **options: Any) -> Refusal:
     return caught.value
 
 
-@pytest.fixture
-def still(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The clock of django-ratelimit stands still, so that no window ends within a test."""
-    monkeypatch.setattr(django_ratelimit.core.time, "time", lambda: 1_800_000_000.0)
-    yield
-
-
 # Requests a minute
 
 
-@pytest.mark.usefixtures("still")
 def test_the_plan_limits_each_key_by_itself() -> None:
     alice = on_plan(requests_per_minute=3)
     states = [count_request(alice, None) for _ in range(3)]
@@ -61,7 +52,6 @@ def test_the_plan_limits_each_key_by_itself() -> None:
     assert count_request(on_plan(BOB, requests_per_minute=3), None).remaining == 2
 
 
-@pytest.mark.usefixtures("still")
 def test_an_override_is_shared_by_the_keys_of_the_tenant() -> None:
     alice = with_override(requests_per_minute=2)
     count_request(alice, None)
@@ -70,7 +60,6 @@ def test_an_override_is_shared_by_the_keys_of_the_tenant() -> None:
     assert count_request(with_override(BOB, requests_per_minute=2), None).remaining == 1
 
 
-@pytest.mark.usefixtures("still")
 def test_a_key_may_have_less_than_its_tenant() -> None:
     alice = with_override(key={"requests_per_minute": 1}, requests_per_minute=5)
     assert count_request(alice, None) == RateState(1, 0, pytest.approx(30, abs=30))
@@ -89,7 +78,6 @@ def test_a_window_ends_and_requests_pass_again(monkeypatch: pytest.MonkeyPatch) 
     assert count_request(alice, None).remaining == 0
 
 
-@pytest.mark.usefixtures("still")
 def test_no_limit_asks_redis_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttling, "get_usage", lambda *_a, **_o: pytest.fail("a trip to Redis"))
     assert count_request(ALICE, None) == RateState(None, None, None)
@@ -100,14 +88,12 @@ def test_zero_blocks_for_good() -> None:
     assert answer.code == "rate_limit_exceeded" and answer.retry_after is None
 
 
-@pytest.mark.usefixtures("still")
 def test_looking_does_not_count() -> None:
     alice = on_plan(requests_per_minute=5)
     count_request(alice, None)
     assert [peek_requests(alice, None).remaining for _ in range(3)] == [4, 4, 4]
 
 
-@pytest.mark.usefixtures("still")
 def test_sixteen_threads_get_exactly_the_limit() -> None:
     alice = on_plan(requests_per_minute=50)
 
@@ -340,7 +326,7 @@ def test_a_plan_has_its_own_policy_for_when_redis_is_away(
         assert refused(count_request, alice, None).code == "service_unavailable"
 
 
-@pytest.mark.usefixtures("still", "valkey")
+@pytest.mark.usefixtures("valkey")
 def test_who_has_no_key_is_counted_by_address() -> None:
     for _ in range(throttling.ANONYMOUS_PER_MINUTE):
         throttling.count_anonymous("192.0.2.1")
@@ -348,7 +334,7 @@ def test_who_has_no_key_is_counted_by_address() -> None:
     throttling.count_anonymous("192.0.2.2")
 
 
-@pytest.mark.usefixtures("still", "valkey")
+@pytest.mark.usefixtures("valkey")
 def test_wrong_passwords_make_an_address_and_a_name_wait() -> None:
     for number in range(throttling.LOGINS_PER_MINUTE):
         assert throttling.login_wait("192.0.2.1", "root") == 0
@@ -361,7 +347,7 @@ def test_wrong_passwords_make_an_address_and_a_name_wait() -> None:
 
 
 @pytest.mark.django_db
-@pytest.mark.usefixtures("still", "valkey")
+@pytest.mark.usefixtures("valkey")
 def test_the_console_lets_nobody_guess_passwords(client: Any, settings: Any) -> None:
     from django.contrib.auth.models import User
 

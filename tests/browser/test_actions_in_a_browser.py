@@ -38,7 +38,7 @@ from tests.test_slots import FRANCE, act
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-SOON = 10.0
+SOON = 30.0
 """Seconds within which a change is in force everywhere; one is enough where nothing else keeps the machine busy."""
 
 

@@ -202,7 +202,7 @@ def test_from_an_empty_tenant_to_an_answer_in_the_adapters_style_and_a_refusal(
     find(console, "button[name$=revoke_this]").click()
     console.switch_to.alert.accept()
     WebDriverWait(console, 20).until(lambda page: "is revoked" in page.page_source)
-    WebDriverWait(console, 5).until(lambda _: generate(live_site, key).status_code == 401)
+    WebDriverWait(console, 20).until(lambda _: generate(live_site, key).status_code == 401)
     console.get(f"{base}/playground/?key={number_of_key}")
     assert "This key is refused" in find(console, "#playground").text
 
@@ -329,7 +329,7 @@ def remove(browser: webdriver.Chrome, base: str, rows: str, name: str) -> None:
 
 def copied(browser: webdriver.Chrome, button: str) -> str:
     find(browser, f"#{button}").click()
-    return str(WebDriverWait(browser, 5).until(lambda page: find(page, "#play-copied").text))
+    return str(WebDriverWait(browser, 20).until(lambda page: find(page, "#play-copied").text))
 
 
 def usage_of(site: Site, key: str, *, requests: int) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ class Model(http.server.BaseHTTPRequestHandler):
             said = f"data: {json.dumps(event)}\n\n".encode()
             self.wfile.write(b"%x\r\n%s\r\n" % (len(said), said))
             self.wfile.flush()
-            time.sleep(0.004)
+            time.sleep(0.02)
         self.wfile.write(b"0\r\n\r\n")
 
     def llama(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -173,7 +173,8 @@ def test_clients_stamp_every_event_and_count_every_token(model: tuple[int, list[
     first = result.answers[0]
     assert len(first.events) == 5
     assert 0 < first.first_seconds < first.events[-1] <= first.seconds <= result.seconds + 0.1
-    assert all(gap > 0.001 for gap in first.gaps)
+    assert all(gap >= 0 for gap in first.gaps)
+    assert max(first.gaps) > 0.01, "a busy machine may read some events together, but not all"
     assert (first.prompt_tokens, first.cached_tokens, first.timings["prompt_ms"]) == (3, 2, 1.5)
     assert result.num_tokens == 10
     assert model[1][0]["ignore_eos"] is True

@@ -17,7 +17,7 @@ import pytest
 from accounts.trail.refusals import Refusal
 from inference.tokenizers import pool as children
 from inference.tokenizers.pool import MAX_TEXT_CHARACTERS, TokenizerPool
-from tests.timing import Stopwatch
+from tests.timing import PATIENCE_SECONDS, Stopwatch
 from tests.timing import wait_for as wait_until
 
 pytestmark = pytest.mark.unit
@@ -141,7 +141,8 @@ def test_no_more_children_than_allowed_are_started(pool: TokenizerPool) -> None:
 def test_when_all_children_are_busy_the_refusal_says_when_to_come_back(pool: TokenizerPool) -> None:
     with ThreadPoolExecutor(3) as threads:
         hanging = [threads.submit(refused, pool, "hang") for _ in range(2)]
-        time.sleep(0.1)
+        family = pool._family(GOOD)
+        wait_until(lambda: family._num_children == 2 and not family._idle)
         pool._wait_seconds = 0.05
         refusal = refused(pool, "text")
         assert (refusal.code, refusal.retry_after) == ("service_unavailable", 1)
@@ -186,16 +187,20 @@ def test_children_of_so_many_vocabularies_are_kept(pool: TokenizerPool, monkeypa
     assert (is_alive(oldest), is_alive(other)) == (True, False)
 
 
-def test_a_child_at_work_answers_before_it_is_ended(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_at_work_answers_before_it_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(children, "MAX_VOCABULARIES", 1)
+    pool = TokenizerPool(processes=2, timeout_seconds=PATIENCE_SECONDS, command=[sys.executable, str(CHILD)])
     (child,) = pool.encode(GOOD, "pid")
+    family, go_on = pool._family(GOOD), tmp_path / "go-on"
     with ThreadPoolExecutor(1) as threads:
-        slow = threads.submit(pool.encode, GOOD, "slow")
-        time.sleep(0.1)
+        slow = threads.submit(pool.encode, GOOD, f"until {go_on}")
+        wait_until(lambda: not family._idle)
         pool.encode(OTHER, "text")
         assert is_alive(child)
-        assert slow.result() == (4,)
+        go_on.touch()
+        assert slow.result() == (5, len(str(go_on)))
     assert not is_alive(child)
+    pool.close()
 
 
 def test_closing_ends_the_idle_children(pool: TokenizerPool) -> None:

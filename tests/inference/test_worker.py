@@ -122,12 +122,13 @@ def test_one_thread_serves_all_that_wait(alice: Any, valkey: Any) -> None:
 def test_no_ticket_is_taken_for_a_slot_that_is_not_free(cast: Any, valkey: Any) -> None:
     register(n_slots=2)
     alice = principal_of(cast.alice)
+    tickets = [admitted(alice, max_tokens=240).ticket for _ in range(6)]
     with worker(valkey, threads=6, load=fake_load(0.02)):
-        tickets = [admitted(alice, max_tokens=20).ticket for _ in range(6)]
         wait_for(lambda: ticket_queue().num_waiting("default") == 4)
         time.sleep(0.05)
         assert ticket_queue().num_waiting("default") == 4
         for sent in tickets:
+            cancel(sent.request_id)
             finish(valkey, sent.request_id)
 
 
@@ -191,7 +192,7 @@ def test_a_ticket_that_waits_too_long_is_ended_by_the_sweep(
 def test_a_deadline_ends_a_running_request_and_charges_what_was_computed(
     alice: Any, valkey: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings.CONFIG, "generation_timeout_seconds", 0.3)
+    monkeypatch.setattr(settings.CONFIG, "generation_timeout_seconds", 1.0)
     with worker(valkey, threads=1, load=fake_load(0.02)):
         sent = admitted(alice, max_tokens=200).ticket
         last = finish(valkey, sent.request_id)
@@ -242,11 +243,11 @@ def test_a_cancel_that_was_published_into_the_void_comes_with_the_heartbeat(
     alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module.WorkerHost, "_listen", lambda _: None)
-    with worker(valkey, threads=1, load=fake_load(0.01)):
+    with worker(valkey, threads=1, load=fake_load(0.05)):
         sent = admitted(alice, max_tokens=240).ticket
         wait_for(lambda: valkey.hget(ticket_key(sent.request_id), "state") == b"leased")
         cancel(sent.request_id)
-        assert finish(valkey, sent.request_id, 1)["reason"] == "cancelled"
+        assert finish(valkey, sent.request_id)["reason"] == "cancelled"
 
 
 def test_a_cancel_that_overtakes_its_request_is_kept_for_it(alice: Any, valkey: Any) -> None:
@@ -355,14 +356,15 @@ def test_a_worker_that_takes_no_lines_of_batches_ends_too(
 
 
 def test_a_worker_whose_threads_all_serve_is_not_stuck_though_slots_are_free(
-    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
+    alice: Any, valkey: Any, quick_beats: None
 ) -> None:
-    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
     stuck = threading.Event()
     with worker(valkey, threads=1, num_threads=1, load=fake_load(0.02), on_stuck=stuck.set) as host:
-        first, second = admitted(alice, max_tokens=40).ticket, admitted(alice, max_tokens=1).ticket
+        first, second = admitted(alice, max_tokens=100).ticket, admitted(alice, max_tokens=1).ticket
         wait_for(lambda: host._live)
-        assert not stuck.wait(0.5)
+        with pytest.MonkeyPatch.context() as impatient:  # while its thread serves; before and after, it may be late
+            impatient.setattr(worker_module, "STUCK_SECONDS", 0.1)
+            assert not stuck.wait(0.5)
         for sent in (first, second):
             assert finish(valkey, sent.request_id)["reason"] == "length"
 
@@ -552,10 +554,9 @@ def test_redis_that_is_away_for_a_moment_loses_nothing(
 def test_stopping_lets_short_requests_end_and_ends_long_ones_free_of_charge(cast: Any, valkey: Any) -> None:
     register(n_slots=4)
     alice = principal_of(cast.alice)
+    short, long = admitted(alice, max_tokens=5).ticket, admitted(alice, max_tokens=240).ticket
     with worker(valkey, threads=4, load=fake_load(0.02)) as host:
-        short, long = admitted(alice, max_tokens=5).ticket, admitted(alice, max_tokens=240).ticket
-        late = None
-        wait_for(lambda: len(host._live) == 2)
+        wait_for(lambda: long.request_id in host._live)  # and the short one, which came first, or it has ended
         watch = Stopwatch()
         host.stop(0.5)
         assert watch.seconds() < 2.5
@@ -741,7 +742,7 @@ def test_a_model_with_lanes_takes_no_more_tickets_than_slots_and_fails_as_one(
         def answer(prompt: tuple[int, ...], seed: int, index: int) -> int:
             return 1 // 0 if len(loads) == 1 and index == 3 else 5
 
-        loads.append(FakeBackend(served.n_slots, served.n_ctx, 0.002, answer=answer))
+        loads.append(FakeBackend(served.n_slots, served.n_ctx, 0.002 if not loads else 0.05, answer=answer))
         return loads[-1]
 
     monkeypatch.setattr(hosted, "RETRY_SECONDS", 0.05)
@@ -753,14 +754,13 @@ def test_a_model_with_lanes_takes_no_more_tickets_than_slots_and_fails_as_one(
         [model] = host._all_models()
         assert isinstance(model.runner(), LaneRunner)
         assert (host.num_slots, model.report()["slots"]) == (2, 2)
-        tickets = [admitted(alice).ticket for _ in range(6)]
-        most = 0
-        while any(queued in host._live for queued in [ticket.request_id for ticket in tickets]) or not most:
-            most = max(most, model.num_busy)
-            time.sleep(0.002)
+        tickets = [admitted(alice, max_tokens=240).ticket for _ in range(6)]
+        wait_for(lambda: host.queue.num_waiting("default") == 4)
+        time.sleep(0.05)
+        assert (model.num_busy, host.queue.num_waiting("default")) == (2, 4)
         for ticket in tickets:
-            assert finish(valkey, ticket.request_id)["reason"] == "length"
-        assert most == 2
+            cancel(ticket.request_id)
+            finish(valkey, ticket.request_id)
 
 
 def test_the_engine_of_the_configuration_is_loaded(cast: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -862,7 +862,7 @@ def test_the_registry_is_followed_again_after_the_database_was_away(
 def test_requests_for_one_busy_slot_do_not_keep_others_from_the_free_ones(cast: Any, alice: Any, valkey: Any) -> None:
     """Alice's leases that wait for her slot are more than the model has slots; Bob's ticket is taken all the same."""
     bob = principal_of(cast.bob, tokens_per_minute=100_000)
-    with worker(valkey, threads=10, load=fake_load(0.01)):
+    with worker(valkey, threads=10, load=fake_load(0.05)):
         wanted: dict[str, Any] = {"decoding": Decoding(slot_id=1), "max_tokens": 200}
         pinned = [admitted(alice, **wanted).ticket.request_id for _ in range(5)]
         wait_for(lambda: ticket_queue().num_waiting("default") == 0)

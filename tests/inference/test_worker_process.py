@@ -198,6 +198,7 @@ def test_term_lets_short_requests_end_and_exits_in_time(alice: Any, start: Start
     long = admitted(alice, max_tokens=240, stream=True).ticket
     short = admitted(alice, max_tokens=10).ticket
     wait_for(lambda: text_of(events(valkey, long.request_id)))
+    wait_for(lambda: ticket_queue().state(short.request_id).state != "waiting")  # type: ignore[union-attr]
     assert seconds_to_end(process) < DRAIN_SECONDS + 2.0
     assert process.poll() == 0
     assert finish(valkey, short.request_id)["reason"] == "length"

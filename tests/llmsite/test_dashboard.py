@@ -67,6 +67,12 @@ def receipt(who: Customer, age: timedelta = timedelta(0), **values: Any) -> Rece
     )
 
 
+def used_now(who: Customer) -> None:
+    """An answer of this moment: the page shows this period, and these days."""
+    now = timezone.now()
+    assert quotas.settle(settle_order(reserved(who, now=now), now=now))
+
+
 def beat(model: ServedModel, **values: Any) -> None:
     report = {"id": model.pk, "name": model.name, "state": "ready", "error": "", "slots": 8, "busy": 3, **values}
     queue.ticket_queue().beat("worker-1", model.pool, 8, {"models": [report]})
@@ -154,7 +160,7 @@ def test_failures_name_their_reason_and_link_their_receipt(operator: Client, cas
 
 
 def test_tenants_are_listed_by_tokens_with_their_quota(operator: Client, cast: Cast) -> None:
-    quotas.settle(settle_order(reserved(cast.alice)))
+    used_now(cast.alice)
     page = page_of(operator)
     assert "Alice's" in page and "of 10,000,000" in page and "Charlie's" not in page
 
@@ -163,7 +169,7 @@ def test_the_number_of_queries_is_fixed(operator: Client, cast: Cast, model: Ser
     counts = []
     for number in (1, 6):
         for who in (cast.alice, cast.bob, cast.charlie)[: number % 5]:
-            quotas.settle(settle_order(reserved(who)))
+            used_now(who)
         for _ in range(number):
             receipt(cast.alice, status="failed", error_code="worker_lost")
             name = f"model-{uuid.uuid4()}"
@@ -188,7 +194,7 @@ def test_each_part_needs_its_permission(client: Client, cast: Cast, model: Serve
 
 def test_a_person_of_a_tenant_sees_no_other_tenant(client: Client, cast: Cast) -> None:
     for who in (cast.alice, cast.bob):
-        quotas.settle(settle_order(reserved(who)))
+        used_now(who)
         receipt(who, status="failed", error_code="worker_lost")
     person = User.objects.create_user("anna", is_staff=True)
     codes = ("view_receipt", "view_quotaperiod", "view_dayusage", "view_refusedrequest", "view_quotaalert")
@@ -202,7 +208,7 @@ def test_a_person_of_a_tenant_sees_no_other_tenant(client: Client, cast: Cast) -
 
 
 def test_usage_is_drawn_by_tenant_model_and_adapter(operator: Client, cast: Cast) -> None:
-    quotas.settle(settle_order(reserved(cast.alice)))
+    used_now(cast.alice)
     for address in ("", "?by=model&show=requests&days=7", "?by=adapter&show=cost&days=90", "?by=nonsense&days=x"):
         page = operator.get(INDEX + address).content.decode()
         assert '<svg viewBox="0 0 720 200"' in page or "Nothing was used in these days" in page
@@ -240,7 +246,7 @@ def test_a_queue_that_is_stuck_and_a_quota_that_ends_are_said(operator: Client, 
     queue.ticket_queue().put(ticket(model_id=model.pk, tenant_id=cast.alice.tenant.pk))
     redis_client.client().hset(queue.ticket_key(_waiting()), "created_at", old)
     beat(model)
-    quotas.settle(settle_order(reserved(cast.alice)))
+    used_now(cast.alice)
     period = QuotaPeriod.objects.get(tenant=cast.alice.tenant, key=None)
     QuotaAlert.objects.create(period=period, counts="tokens", percent=80, used=8, quota=10, created_at=timezone.now())
     page = page_of(operator)

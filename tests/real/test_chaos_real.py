@@ -164,6 +164,7 @@ def test_memory_descriptors_and_connections_stay_flat_under_mixed_load(tmp_path:
         samples: list[dict[str, tuple[float, int]]] = []
         try:
             time.sleep(SOAK_SECONDS / 4)  # pools and caches fill up
+            wait_until(lambda: load.outcomes.total() >= 4 * CLIENTS, seconds=90)
             began = time.monotonic()
             while time.monotonic() - began < SOAK_SECONDS * 3 / 4:
                 samples.append({name: size_of(process(site, name)) for name in PROCESSES})

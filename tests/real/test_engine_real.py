@@ -219,9 +219,9 @@ def test_a_long_prompt_is_computed_in_chunks_while_the_others_go_on(
     run.add("reader", text, max_tokens=8)
     gaps = []
     while not run.tokens("reader"):
-        began = time.perf_counter()
+        watch = Stopwatch()
         events = run.step()
-        gaps.append(time.perf_counter() - began)
+        gaps.append(watch.seconds())
         assert {"talker0", "talker1"} <= {event.request_id for event in events if isinstance(event, Delta)}
     assert len(gaps) >= 5
     assert statistics.median(gaps) < 0.4  # 0.1 s on a machine that does nothing else; 1.5 s without chunks

@@ -15,7 +15,7 @@ from inference.engine.lanes import LaneRunner, run_in_lanes
 from inference.engine.tokenizer import Tokenizer
 from tests.engine.cast import EventLog, assert_well_formed, make_request
 
-from .test_engine_adapters_real import FILES, GLASS, resident_mib
+from .test_engine_adapters_real import FILES, GLASS, in_a_process_of_its_own, resident_mib
 from .test_engine_real import PROMPTS, Run
 
 pytestmark = pytest.mark.model
@@ -112,10 +112,17 @@ def test_requests_are_cancelled_in_the_lanes_that_they_asked_for(
 
 @pytest.mark.memory
 def test_forty_adapters_come_and_go_while_both_lanes_run_and_memory_stays_flat(
-    model_path: Path, tokenizer: Tokenizer, log: EventLog
+    model_path: Path, tokenizer: Tokenizer
 ) -> None:
+    sizes = in_a_process_of_its_own(run_adapters, model_path, tuple(tokenizer.encode(GLASS, add_special=True)))
+    slope, _ = statistics.linear_regression(range(20), sizes[20:])
+    assert slope < 0.25, f"MiB a cycle; an adapter kept would be several: {sizes}"
+
+
+def run_adapters(model_path: Path, prompt: tuple[int, ...]) -> list[float]:
+    """Resident MiB of this process after each of forty cycles."""
+    log = EventLog()
     runner = lanes_on(model_path, log, n_ctx=4096)
-    prompt = tuple(tokenizer.encode(GLASS, add_special=True))
     try:
         for name, vector in (("base", ()), ("poet", POET)):
             runner.submit(make_request(name, prompt=prompt, max_tokens=4000, sampling=ENDLESS, adapters=vector))
@@ -133,13 +140,12 @@ def test_forty_adapters_come_and_go_while_both_lanes_run_and_memory_stays_flat(
         assert not {"base", "poet"} & log.finished.keys()
         assert len({log.tokens(f"r{cycle}") for cycle in range(40)}) == 1
         assert runner.adapters == {"poet", "clerk"}
-        slope, _ = statistics.linear_regression(range(20), sizes[20:])
-        assert slope < 0.25, f"MiB a cycle; an adapter kept would be several: {sizes}"
         runner.cancel("base")
         runner.cancel("poet")
         log.wait_finished("base", "poet")
     finally:
         runner.stop()
+    return sizes
 
 
 def test_a_lane_that_breaks_ends_all_and_the_model_can_be_loaded_again(
@@ -166,9 +172,16 @@ def test_a_lane_that_breaks_ends_all_and_the_model_can_be_loaded_again(
     runner.stop()
 
 
-def test_lanes_come_and_go_and_leave_no_memory_behind(model_path: Path, log: EventLog) -> None:
-    sizes = []
+@pytest.mark.memory
+def test_lanes_come_and_go_and_leave_no_memory_behind(model_path: Path) -> None:
+    sizes = in_a_process_of_its_own(run_lanes, model_path)
+    assert max(sizes[1:]) - sizes[0] < 24, f"a context of eight slots holds more: {sizes}"
+
+
+def run_lanes(model_path: Path) -> list[float]:
+    """Resident MiB of this process after each time."""
+    sizes, log = [], EventLog()
     for _ in range(4):
         lanes_on(model_path, log, n_lanes=3).stop()
         sizes.append(resident_mib())
-    assert max(sizes[1:]) - sizes[0] < 24, f"a context of eight slots holds more: {sizes}"
+    return sizes

@@ -29,6 +29,7 @@ from inference.engine.types import Decoding
 from inference.transport.queue import TicketQueue
 from tests.conftest import REPOSITORY, Site, manage, running_site
 from tests.in_process import read_events, wait_until
+from tests.timing import PATIENCE_SECONDS
 
 from .test_engine_real import GREEDY, Run
 
@@ -142,11 +143,12 @@ def test_a_command_that_revokes_a_key_ends_its_streams_within_a_second(fair_site
 def revoke_while_it_runs(site: Site) -> None:
     """From another process. What was delivered is what is charged."""
     made = manage(site, "create_key", site.demo["tenants"][0]["name"], "--name", "short-lived")
-    reading = Reading(site, made["key"])
-    assert reading.begun.wait(20)
+    endless = {"max_new_tokens": 8000, "ignore_eos": True, "context_shift": True}  # a command takes seconds to begin
+    reading = Reading(site, made["key"], **endless)
+    assert reading.begun.wait(PATIENCE_SECONDS)
     manage(site, "revoke_key", made["public_id"])
     revoked_at = time.monotonic()
-    reading.join(10)
+    reading.join(PATIENCE_SECONDS)
     at, event, data = reading.events[-1]
     assert at - revoked_at < 1.0, "the key is revoked before the command ends"
     assert (event, data["code"]) == ("error", "key_revoked")

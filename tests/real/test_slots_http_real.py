@@ -90,7 +90,7 @@ def auc(hits: list[float], controls: list[float]) -> float:
 NUM_PROBES = 100
 PROMPT_TOKENS = 512
 PROBE_TOKENS = 24
-MAX_ROUNDS = 3
+MAX_ROUNDS = 10
 
 
 @pytest.mark.timeout(600)
@@ -101,7 +101,8 @@ def test_a_prompt_cannot_be_guessed_by_the_time_it_takes(real_site: InProcessSit
 
     Each probe is random behind its beginning, so that it reuses nothing of the probes before it. Of 100 hits and 100
     controls that do not differ, the AUC is outside of 0.45 to 0.55 one time in five; then there is another round, and
-    all are counted together. A difference would only show more clearly.
+    all are counted together. A difference would only show more clearly. By chance alone it is outside after three
+    rounds once in sixty runs, after ten once in a hundred thousand.
     """
     site, rng = real_site, random.Random(13)
     secret = tuple(rng.randrange(1000, 40_000) for _ in range(PROMPT_TOKENS))

@@ -24,7 +24,7 @@ from inference.api.hop import shared_hop
 from inference.intake import admission, idempotency
 from inference.models import Receipt
 from inference.transport.queue import ticket_queue
-from tests.in_process import MODEL, Client, FakeSpeed, InProcessSite, wait_until
+from tests.in_process import MODEL, Client, FakeSpeed, InProcessSite, leave_after, wait_until
 from tests.openai_calls import HELLO, sdk
 from tests.timing import PATIENCE_SECONDS
 
@@ -262,8 +262,7 @@ def test_a_whole_answer_outlives_the_first_who_asked(site: InProcessSite, alice:
     site.speed.seconds_per_step = 0.01
     site.start_worker()
     header, body = key_header(), {**DIALECTS["/v1/generate"], "max_new_tokens": 100}
-    with pytest.raises(httpx.ReadTimeout):
-        alice.post("/v1/generate", json=body, headers=header, timeout=0.2)
+    leave_after(site, alice.key, body, lambda: wait_until(lambda: site.num_running() == 1), **header)
     again = alice.post("/v1/generate", json=body, headers=header)
     assert again.status_code == 200
     assert again.headers["x-usage-completion-tokens"] == "100"
@@ -280,8 +279,8 @@ def test_several_answers_are_made_to_their_end_without_the_first(site: InProcess
             with alice.stream("POST", "/v1/completions", json=body, headers=header) as response:
                 next(response.iter_text())
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                alice.post("/v1/completions", json=body, headers=header, timeout=0.2)
+            both_run = lambda: wait_until(lambda: site.num_running() == 2)  # noqa: E731
+            leave_after(site, alice.key, body, both_run, "/v1/completions", **header)
         again = alice.post("/v1/completions", json=body, headers=header)
         assert again.status_code == 200, again.text
         assert again.headers["idempotent-replayed"] == "true"

@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +175,12 @@ async def test_what_a_cancelled_caller_would_have_got_is_abandoned(hop: Hop) -> 
         return "taken"
 
     task = asyncio.ensure_future(hop.run(work, abandon=lambda outcome: abandoned.set() if outcome == "taken" else None))
-    await asyncio.to_thread(started.wait, 5)
+    await asyncio.to_thread(started.wait, PATIENCE_SECONDS)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     go_on.set()
-    assert await asyncio.to_thread(abandoned.wait, 5)
+    assert await asyncio.to_thread(abandoned.wait, PATIENCE_SECONDS)
 
 
 @pytest.mark.unit
@@ -188,9 +188,9 @@ async def test_work_that_has_not_begun_is_not_begun_for_a_caller_that_has_gone()
     hop = Hop(1)
     go_on, ran = threading.Event(), threading.Event()
     first = asyncio.ensure_future(hop.run(lambda: go_on.wait(PATIENCE_SECONDS), abandon=ignore))
-    await asyncio.sleep(0.01)
+    await until(lambda: hop.num_pending == 1)
     second = asyncio.ensure_future(hop.run(ran.set, abandon=ignore))
-    await asyncio.sleep(0.01)
+    await until(lambda: hop.num_pending == 2)
     second.cancel()
     await asyncio.sleep(0.01)
     go_on.set()
@@ -207,7 +207,7 @@ async def test_too_many_that_wait_are_refused() -> None:
         asyncio.ensure_future(hop.run(lambda: go_on.wait(PATIENCE_SECONDS), abandon=ignore))
         for _ in range(MAX_PENDING_PER_THREAD)
     ]
-    await asyncio.sleep(0.01)
+    await until(lambda: hop.num_pending == MAX_PENDING_PER_THREAD)
     with pytest.raises(Refusal) as refused:
         await hop.run(lambda: None, abandon=ignore)
     assert refused.value.code == "service_unavailable"
@@ -243,9 +243,27 @@ async def slowly(*parts: tuple[float, bytes]) -> AsyncGenerator[bytes]:
         yield part
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Lets the loop go on until it is true."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.unit
 async def test_silence_is_filled_with_comments() -> None:
-    frames = [part async for part in with_keep_alive(slowly((0, b"a"), (0.12, b"b")), 0.05)]
+    frames, enough = list[bytes](), asyncio.Event()
+
+    async def silent_meanwhile() -> AsyncGenerator[bytes]:
+        yield b"a"
+        await enough.wait()
+        yield b"b"
+
+    async for part in with_keep_alive(silent_meanwhile(), 0.05):
+        frames.append(part)
+        if frames.count(KEEP_ALIVE) == 2:
+            enough.set()
     assert frames == [b"a", KEEP_ALIVE, KEEP_ALIVE, b"b"]
 
 
@@ -331,20 +349,21 @@ async def test_any_stream_can_be_sent() -> None:
 
 @pytest.mark.unit
 async def test_a_client_that_goes_cancels_its_view() -> None:
-    ended: list[str] = []
+    begun, ended = list[str](), list[str]()
 
     async def view(request: Any) -> HttpResponse:
+        begun.append("view")
         try:
-            await asyncio.sleep(10)
+            await asyncio.sleep(PATIENCE_SECONDS)
         finally:
             ended.append("view")
         return HttpResponse()
 
     line = Line()
     task = asyncio.ensure_future(ApiDoor()(scope(view), line.receive, line.send))
-    await asyncio.sleep(0.01)
+    await until(lambda: begun)
     line.gone.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, PATIENCE_SECONDS / 2)
     assert (ended, line.sent) == (["view"], [])
 
 
@@ -353,24 +372,25 @@ async def test_a_client_that_goes_cancels_its_stream() -> None:
     abandoned: list[int] = []
 
     async def view(request: Any) -> EventStream:
-        return EventStream(slowly((0, b"a"), (10, b"b")), abandon=lambda: abandoned.append(1))
+        return EventStream(slowly((0, b"a"), (PATIENCE_SECONDS, b"b")), abandon=lambda: abandoned.append(1))
 
     line = Line()
     task = asyncio.ensure_future(ApiDoor()(scope(view), line.receive, line.send))
-    await asyncio.sleep(0.01)
+    await until(lambda: any(message.get("body") == b"a" for message in line.sent))
     line.gone.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, PATIENCE_SECONDS / 2)
     assert abandoned == [1]
 
 
 @pytest.mark.unit
 async def test_a_server_that_stops_says_so_to_its_streams() -> None:
     async def view(request: Any) -> EventStream:
-        return EventStream(slowly((0, b"a"), (10, b"b")), abandon=lambda: None, last_words=lambda: b"event: error\n\n")
+        parts = slowly((0, b"a"), (PATIENCE_SECONDS, b"b"))
+        return EventStream(parts, abandon=lambda: None, last_words=lambda: b"event: error\n\n")
 
     line = Line()
     task = asyncio.ensure_future(ApiDoor()(scope(view), line.receive, line.send))
-    await asyncio.sleep(0.01)
+    await until(lambda: any(message.get("body") == b"a" for message in line.sent))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -165,15 +165,15 @@ def test_a_key_whose_answers_were_charged_in_part_is_not_computed_again(site: In
     site.start_worker()
     alice, header = limited(site, concurrent_requests=1), key_header()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(post, alice, "/v1/completions", max_tokens=30, n=2, headers=header)
-        wait_until(lambda: LedgerEntry.objects.filter(kind="settle").exists(), 20)
+        asked = pool.submit(post, alice, "/v1/completions", max_tokens=80, n=2, headers=header)
+        wait_until(lambda: LedgerEntry.objects.filter(kind="settle").exists())
         wait_until(lambda: site.num_running() == 1)
         site.stop_worker()
         assert asked.result(30).status_code == 503
     site.start_worker()
     charged = site.charged(site.cast.alice)
-    assert charged == (34, 0)
-    again = post(alice, "/v1/completions", max_tokens=30, n=2, headers=header)
+    assert charged == (84, 0)
+    again = post(alice, "/v1/completions", max_tokens=80, n=2, headers=header)
     assert again.status_code == 409, again.text
     assert again.headers["x-should-retry"] == "false"
     assert site.charged(site.cast.alice) == charged

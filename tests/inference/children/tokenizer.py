@@ -1,7 +1,7 @@
 """A child with the protocol of inference.engine.tokenizer and the manners of the worst vocabulary.
 
 The text says what happens: words are counted into tokens, but `hang`, `doze`, `die`, `nonsense`, `array` and `long`
-misbehave, and `slow` takes its time. The name of the vocabulary file says how it starts.
+misbehave, and `until FILE` waits for a file. The name of the vocabulary file says how it starts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def answer(request: dict[str, object]) -> None:
     elif request["op"] == "detokenize":
         send({"ok": True, "text": " ".join(map(str, request["tokens"]))})  # type: ignore[call-overload]
     else:
-        time.sleep(0.3 if text == "slow" else 0.0)
+        while text.startswith("until ") and not Path(text.removeprefix("until ")).exists():
+            time.sleep(0.005)
         send({"ok": True, "tokens": [len(word) for word in text.split()]})
 
 
