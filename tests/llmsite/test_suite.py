@@ -102,7 +102,7 @@ def run_suite(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     """`python -m tests` on one file of tests, outside the repository: without its options and fixtures."""
     (folder / "test_given.py").write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
-    command = [sys.executable, "-m", "tests", str(folder), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "tests", str(folder), "--rootdir", str(folder), "-p", "no:cacheprovider"]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
