@@ -21,7 +21,7 @@ from django.utils import timezone
 from accounts.ledger import retention
 from accounts.trail import audit_log
 from inference.imports import quarantine
-from inference.imports.addresses import Policy, absolute_url, checked, parts_at, shown
+from inference.imports.addresses import Policy, absolute_url, checked, parts_at
 from inference.imports.fetching import Wanted
 from inference.imports.models import ModelImport
 from inference.models import Adapter, ServedModel, adapter_name_validator, model_name_validator
@@ -80,7 +80,7 @@ def begin(row: ModelImport) -> None:
     """Write down what `prepare` has made, and who asked for it in the audit log: an address without its query."""
     with transaction.atomic():
         row.save(force_insert=True)
-        source = shown(row.url) or "an upload"
+        source = row.url.partition("?")[0] or "an upload"
         audit_log.acted(row, {"asked for": (None, {"kind": row.kind, "name": row.name, "from": source})})
 
 
