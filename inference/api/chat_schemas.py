@@ -89,6 +89,8 @@ Speaker = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s<|\\/
 """Who says it, as OpenAI takes it."""
 CalledName = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 """Of a tool that a model has called: it may have made the name up."""
+Description = Annotated[str, Field(max_length=1 << 16)]
+"""Of a tool or a form: those of agents are long."""
 SaidObject = Annotated[dict[str, Any], AfterValidator(said_json)]
 
 
@@ -225,7 +227,7 @@ class FunctionBody(BaseModel):
     model_config = STRICT
 
     name: Name
-    description: Annotated[str, Field(max_length=16_384)] | None = None
+    description: Description | None = None
     parameters: JsonObject | None = Field(None, description="A JSON schema.")
     strict: bool | None = None
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from inference.api.anthropic.blocks import LENIENT, Texts, Turns, continues, kind_of, messages_of, one_of, text_of
-from inference.api.chat_schemas import MAX_TOOLS, JsonObject, Name
+from inference.api.chat_schemas import MAX_TOOLS, Description, JsonObject, Name
 from inference.api.errors import wrong_field
 from inference.api.llamacpp.schemas import MAX_TOKENS
 from inference.api.native.schemas import MAX_STOPS, ModelName, Stop
@@ -28,7 +28,7 @@ class ClientTool(BaseModel):
 
     type: Literal["custom"] | None = None
     name: Name
-    description: Annotated[str, Field(max_length=16_384)] | None = None
+    description: Description | None = None
     input_schema: JsonObject = Field(description="A JSON schema.")
 
     def tool(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from inference.api.chat_schemas import (
     MAX_TOOLS,
     Content,
+    Description,
     FunctionBody,
     JsonObject,
     Name,
@@ -43,7 +44,7 @@ class FunctionTool(BaseModel):
 
     type: Literal["function"]
     name: Name
-    description: Annotated[str, Field(max_length=16_384)] | None = None
+    description: Description | None = None
     parameters: JsonObject | None = Field(None, description="A JSON schema.")
     strict: bool | None = None
 
@@ -79,7 +80,7 @@ class TextFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] | None = None
-    description: Annotated[str, Field(max_length=16_384)] | None = None
+    description: Description | None = None
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 

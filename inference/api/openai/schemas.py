@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from pydantic_core import PydanticCustomError
 
 from accounts.trail.refusals import Refusal
-from inference.api.chat_schemas import MAX_TOOLS, Messages, Name, TemplateFields
+from inference.api.chat_schemas import MAX_TOOLS, Description, Messages, Name, TemplateFields
 from inference.api.errors import wrong_field
 from inference.api.llamacpp.schemas import (
     MAX_TOKENS,
@@ -78,7 +78,7 @@ class JsonSchemaFormat(BaseModel):
     model_config = LENIENT
 
     name: Annotated[str, Field(max_length=64)] | None = None
-    description: Annotated[str, Field(max_length=16_384)] | None = None
+    description: Description | None = None
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from inference.api.anthropic.asked import AskedMessage
 from inference.api.anthropic.blocks import messages_of
@@ -143,6 +144,15 @@ def test_of_a_forced_call_that_was_cut_a_stream_has_the_beginning_and_a_whole_an
     assert [event["type"] for event in (told[0], told[-1])] == ["content_block_start", "content_block_stop"]
     assert told[0]["content_block"]["name"] == "add"
     assert not any(event.get("delta", {}).get("type") == "text_delta" for event in told)
+
+
+def test_tools_of_agents_have_long_names_and_descriptions() -> None:
+    long = {"name": "mcp__" + "n" * 123, "description": "x" * 65_536, "input_schema": {"type": "object"}}
+    (found,) = body_of(tools=[long]).prompt().tools
+    assert found["function"]["name"] == long["name"]
+    for field in ("name", "description"):
+        with pytest.raises(ValidationError):
+            body_of(tools=[{**long, field: f"{long[field]}x"}])
 
 
 def test_a_conversation_with_tools_is_what_templates_expect() -> None:
