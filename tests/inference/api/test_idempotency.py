@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
@@ -287,25 +285,6 @@ def test_several_answers_are_made_to_their_end_without_the_first(site: InProcess
     assert [receipt.completion_tokens for receipt in receipts(site)] == [60] * 4
 
 
-def leave_after(
-    site: InProcessSite, path: str, body: dict[str, Any], header: dict[str, str], wait: Callable[[], Any]
-) -> None:
-    """Send a request of Alice's, and close its connection when `wait` returns."""
-    content = orjson.dumps(body)
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: x",
-        f"X-API-Key: {site.cast.alice.text}",
-        f"Content-Length: {len(content)}",
-    ]
-    lines += [f"{name}: {value}" for name, value in header.items()]
-    host, port = site.base_url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode() + content)
-        wait()
-    time.sleep(0.1)  # the server has seen it
-
-
 def test_a_stream_of_several_is_made_to_its_end_also_for_who_never_saw_a_word_of_it(
     site: InProcessSite, alice: Client
 ) -> None:
@@ -313,7 +292,14 @@ def test_a_stream_of_several_is_made_to_its_end_also_for_who_never_saw_a_word_of
     site.stop_worker()
     header, path = key_header(), "/v1/completions"
     body = {"prompt": "one two", "max_tokens": 90, "n": 2, "temperature": 0, "stream": True}
-    leave_after(site, path, body, header, lambda: wait_until(lambda: ticket_queue().num_waiting("default") == 2))
+    leave_after(
+        site,
+        site.cast.alice.text,
+        body,
+        lambda: wait_until(lambda: ticket_queue().num_waiting("default") == 2),
+        path,
+        **header,
+    )
     site.start_worker()
     again = alice.post(path, json=body, headers=header)
     assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true"), again.text
@@ -338,7 +324,7 @@ def test_who_goes_before_a_cached_stream_comes_may_ask_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(admission, "admit", held)
-        leave_after(site, "/v1/generate", body, header, lambda: entered.wait(PATIENCE_SECONDS))
+        leave_after(site, site.cast.alice.text, body, lambda: entered.wait(PATIENCE_SECONDS), **header)
         go_on.set()
         wait_until(lambda: shared_hop().num_pending == 0)
     again = alice.post("/v1/generate", json=body, headers=header)
