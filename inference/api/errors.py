@@ -190,7 +190,8 @@ class LlamaErrors:
         first = fields[0]
         if first["field"] == "body" and first["type"] == "list_type":
             return "Request body must be an array"
-        return f"Field '{first['field']}': {self.WORDS.get(first['type'], first['message'])}"
+        place = path_of(first["loc"]) or first["field"]
+        return f"Field '{place}': {self.WORDS.get(first['type'], first['message'])}"
 
 
 class OpenAIErrors:

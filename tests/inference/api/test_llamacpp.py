@@ -105,6 +105,8 @@ def test_errors_are_upstreams(site: InProcessSite) -> None:
     assert error_of(complete(site.client()), 401)["type"] == "authentication_error"
     assert error_of(alice.post("/completion", content=b"{"), 400)["type"] == "invalid_request_error"
     assert "must be an array" in error_of(complete(alice, lora=5), 400)["message"]
+    for name, value in {"stop": 5, "samplers": 3, "logit_bias": [[1]], "speculative": 3}.items():
+        assert error_of(complete(alice, **{name: value}), 400)["message"].startswith(f"Field '{name}': ")
     assert error_of(complete(alice, model="nothing"), 404)["type"] == "not_found_error"
 
 
