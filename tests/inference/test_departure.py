@@ -73,7 +73,7 @@ def fill(who: Customer, cast: Cast) -> None:
     )
     small.granted_tenants.add(tenant)
     own = Adapter.objects.create(
-        base_model=small, name=f"own-{tenant.pk}", path="/own.gguf", digest=str(tenant.pk) * 64, rank=4, alpha=4.0,
+        base_model=small, name=f"own-{tenant.pk}", path="/own.gguf", digest=f"{tenant.pk:064x}", rank=4, alpha=4.0,
         owner=tenant,
     )  # fmt: skip
     granting.grant(own, tenant)

@@ -70,7 +70,7 @@ class Command(HouseCommand):
             tenant.full_clean()
         except ValidationError as error:
             self.fail("tenant_invalid", sentence(error))
-        tenant.save()
+        tenant.save(update_fields=list(wanted))
         return [tenant]
 
     def show(self, result: dict[str, Any]) -> None:

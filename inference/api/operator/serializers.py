@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from django.core.exceptions import ValidationError as ModelValidationError
+from django.db.models import Model
 from rest_framework import serializers
 
 from accounts.identity import origins
@@ -33,6 +34,7 @@ from inference.models import Receipt, ServedModel
 MAX_PATH = 1000
 ALLOWED = ("allowed_models", "allowed_adapters")
 Form = serializers.Serializer[Any]
+Row = TypeVar("Row", bound=Model)
 
 
 def _valid(value: Any, validate: Callable[[object], None]) -> Any:
@@ -69,7 +71,18 @@ def limit_field() -> serializers.IntegerField:
     return serializers.IntegerField(min_value=0, max_value=MAX_LIMIT, allow_null=True, required=False)
 
 
-class PlanSerializer(serializers.ModelSerializer[Plan]):
+class WritesWhatIsGiven(serializers.ModelSerializer[Row]):
+    """A PATCH writes the fields that it names and no others: what was read with them may have changed since. A key that
+    was revoked meanwhile stays so."""
+
+    def update(self, instance: Row, validated_data: dict[str, Any]) -> Row:
+        for name, value in validated_data.items():
+            setattr(instance, name, value)
+        instance.save(update_fields=list(validated_data))
+        return instance
+
+
+class PlanSerializer(WritesWhatIsGiven[Plan]):
     class Meta:
         model = Plan
         fields = [
@@ -89,7 +102,7 @@ class PlanSerializer(serializers.ModelSerializer[Plan]):
         return {**super().get_fields(), **{name: limit_field() for name in LIMIT_NAMES}}
 
 
-class TenantSerializer(serializers.ModelSerializer[Tenant]):
+class TenantSerializer(WritesWhatIsGiven[Tenant]):
     plan = serializers.SlugRelatedField(slug_field="name", queryset=Plan.objects.all())
     limit_overrides = LimitsField(required=False)
     allowed_origins = OriginsField(
@@ -106,7 +119,7 @@ class TenantSerializer(serializers.ModelSerializer[Tenant]):
         read_only_fields = ["created_at"]
 
 
-class KeySerializer(serializers.ModelSerializer[APIKey]):
+class KeySerializer(WritesWhatIsGiven[APIKey]):
     """What may be known of a key after it was issued."""
 
     tenant = serializers.SlugRelatedField[Tenant](slug_field="name", read_only=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from accounts.identity import issuing, tenants
+from accounts.models import APIKey, Tenant
+from inference.api.operator import views
 from tests.in_process import MODEL, OTHER_MODEL, Client, InProcessSite, wait_until
 
 pytestmark = [pytest.mark.api, pytest.mark.integration]
@@ -30,6 +34,35 @@ def test_a_tenant_is_made_and_gets_a_key_that_works(site: InProcessSite, operato
     assert dana.get("/v1/me").json()["limits"]["requests_per_minute"] == 5
     assert text not in operator.get(f"/v1/admin/keys/{issued.json()['id']}").text
     assert text not in operator.get("/v1/admin/keys").text
+
+
+def test_a_change_does_not_undo_what_another_did_meanwhile(
+    site: InProcessSite, operator: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row was read before the key was revoked and the tenant suspended, and is written after it."""
+    alice = site.cast.alice
+
+    def between(view: Any, meanwhile: Callable[[], object]) -> None:
+        read = view.get_object
+
+        def late(self: Any) -> Any:
+            row = read(self)
+            meanwhile()
+            return row
+
+        monkeypatch.setattr(view, "get_object", late)
+
+    between(views.KeyViewSet, lambda: issuing.revoke(APIKey.objects.get(pk=alice.key.pk)))
+    renamed = operator.patch(f"/v1/admin/keys/{alice.key.pk}", json={"name": "renamed"})
+    assert (renamed.status_code, renamed.json()["name"]) == (200, "renamed")
+    key = APIKey.objects.get(pk=alice.key.pk)
+    assert key.revoked_at is not None and key.name == "renamed"
+    suspended = Tenant.Status.SUSPENDED
+    between(views.TenantViewSet, lambda: tenants.set_status([Tenant.objects.get(pk=alice.tenant.pk)], suspended))
+    body = {"response_days": 3, "limit_overrides": {"monthly_tokens": 7}}
+    assert operator.patch(f"/v1/admin/tenants/{alice.tenant.pk}", json=body).status_code == 200
+    tenant = Tenant.objects.get(pk=alice.tenant.pk)
+    assert (tenant.status, tenant.response_days, tenant.limit_overrides) == (suspended, 3, {"monthly_tokens": 7})
 
 
 def test_lists_come_in_pages(operator: Client) -> None:
