@@ -93,8 +93,10 @@ def test_the_second_start_is_quick_and_kill_9_leaves_no_orphan(tmp_path: Path) -
         (worker,) = [pid for pid in everybody if "manage.py\0worker" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(worker, signal.SIGKILL)
         wait_until(lambda: not is_alive(worker))
+        watch = Stopwatch()
         wait_until(lambda: httpx.get(f"{site.base_url}/readyz").status_code == 503)
-        wait_until(lambda: httpx.get(f"{site.base_url}/readyz").status_code == 200, seconds=20)
+        wait_until(lambda: httpx.get(f"{site.base_url}/readyz").status_code == 200, seconds=60)
+        assert watch.seconds() < 20  # 10 s on a machine that does nothing else
         everybody = descendants(site.process.pid)
         site.process.kill()
         site.process.wait(timeout=PATIENCE_SECONDS)

@@ -171,7 +171,7 @@ def flooded(site: Site) -> Iterator[None]:
     embedded = f"unix://{site.state}/valkey/valkey.sock"
     with redis.Redis.from_url(site.environment.get("REDIS_URL", embedded)) as client:
         try:
-            wait_until(lambda: TicketQueue(client).num_waiting("default") >= 42, 20.0)
+            wait_until(lambda: TicketQueue(client).num_waiting("default") >= 42)
             yield
             assert TicketQueue(client).num_waiting("default") >= 40, "the flood has ended before it was measured"
         finally:
