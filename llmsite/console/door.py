@@ -11,7 +11,7 @@ from typing import Any
 
 from django.conf import settings
 from django.contrib.auth import logout
-from django.http import HttpRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponseBadRequest, HttpResponseBase
 
 from accounts.trail import audit_log
 
@@ -47,6 +47,18 @@ class SecurityHeaders:
         if is_console:
             response.headers.setdefault("Cache-Control", "no-store")
         return response
+
+
+class NoNul:
+    """The console's forms refuse a NUL; in an address it would reach PostgreSQL, which takes none: a 500."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponseBase]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        if request.path.startswith(CONSOLE) and ("\0" in request.path or "%00" in request.META["QUERY_STRING"]):
+            return HttpResponseBadRequest("This address contains a NUL character.", content_type="text/plain")
+        return self.get_response(request)
 
 
 class ConsoleSessions:

@@ -203,3 +203,12 @@ def test_people_of_tenants_sign_in_with_their_password(house: House, client: Cli
         client.logout()
         client.post(reverse("admin:login"), {"username": name, "password": PASSWORD})
         assert is_in(client) == enters
+
+
+@pytest.mark.parametrize(
+    "address", ["requests/%00/", "inference/receipt/?finish_reason=%00", "accounts/tenant/?q=a%00b"]
+)
+def test_a_nul_in_an_address_is_a_bad_request(house: House, address: str) -> None:  # noqa: F811
+    answer = house.client("superuser").get(f"/admin/{address}")
+    assert answer.status_code == 400
+    assert "NUL" in answer.content.decode()
