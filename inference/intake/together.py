@@ -117,7 +117,7 @@ class Together:
     def _prepare(self, number: int) -> Prepared:
         order, payer = self.orders[number], None
         if order.shares_prompt and self._prepared:
-            payer = self._prepared[max(each for each in range(number) if not self.orders[each].shares_prompt)]
+            payer = [each for each in self._prepared if not each.order.shares_prompt][-1]
             if payer.cached is not None:  # it computes no prompt: this one pays for its own
                 order, payer = replace(order, shares_prompt=False), None
         return admission.prepare(self.principal, order, batch=self._batch, payer=payer)

@@ -97,6 +97,17 @@ def test_what_a_quota_has_left_is_shared_out(site: InProcessSite, path: str, str
     assert audit().is_clean
 
 
+def test_a_prompt_is_paid_once_where_the_first_answer_comes_from_the_cache(site: InProcessSite) -> None:
+    client = limited(site, monthly_tokens=1000)
+    body = {"prompt": FOUR, "max_tokens": 8, "temperature": 1, "seed": 7, "cache": True}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert client.post("/v1/completions", json={**body, "n": 3}).status_code == 200
+    site.settle()
+    paid = LedgerEntry.objects.filter(kind="settle").order_by("pk").values_list("prompt_tokens", "completion_tokens")
+    assert sorted(paid) == [(0, 0), (0, 8), (4, 8), (4, 8)]
+    assert audit().is_clean
+
+
 def test_more_answers_than_places_are_made_one_after_the_other(site: InProcessSite) -> None:
     alice = limited(site, concurrent_requests=1, concurrent_streams=1, tokens_per_minute=72, monthly_tokens=72)
     assert post(alice, "/v1/completions").status_code == 200
