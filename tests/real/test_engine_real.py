@@ -412,3 +412,9 @@ def test_an_unreadable_file_is_refused(model_path: Path, monkeypatch: pytest.Mon
     error = refusal(model_path)
     assert error.code == "model_file_missing"
     assert "Permission denied" in str(error)
+
+
+@pytest.mark.parametrize("part", [SlotWork(1, 0, [], True), SlotWork(1, 0, [5, 6], True, num_drafted=2)])
+def test_a_part_without_a_token_of_its_own_reads_no_neighbours_scores(backend: LlamaBackend, part: SlotWork) -> None:
+    with pytest.raises(RuntimeError, match="slot 1"):
+        backend.execute([SlotWork(0, 0, [1, 2, 3], False), part], ())

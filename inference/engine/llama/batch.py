@@ -32,12 +32,15 @@ class Batch:
 
     def fill(self, work: Sequence[SlotWork]) -> list[int]:
         """Write the step into the batch; return the row of each part's first choice. Logits are asked for there and
-        for the drafted tokens behind it."""
+        for the drafted tokens behind it. Raises RuntimeError for a part without a token of its own: its choice would be
+        made from the scores of the sequence before it."""
         end = 0
         rows = []
         for part in work:
             start, end = end, end + len(part.tokens)
             row = end - 1 - part.num_drafted
+            if row < start:
+                raise RuntimeError(f"nothing is to be computed in slot {part.slot_id}")
             self._tokens[start:end] = part.tokens
             self._positions[start:end] = range(part.start, part.start + len(part.tokens))
             self._slot_ids[start:end] = part.slot_id
