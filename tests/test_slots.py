@@ -253,7 +253,7 @@ class TestWhileSomethingRuns:
 
     def test_no_slot_free_is_503_where_it_is_asked_for(self, site: InProcessSite, alice: Client, bob: Client) -> None:
         for number in range(N_SLOTS):
-            site.ask(site.cast.alice, FRANCE, number, max_tokens=100, wait=False)
+            site.ask(site.cast.alice, FRANCE, number, max_tokens=200, wait=False)
         wait_until(lambda: all(slot["is_processing"] for slot in alice.get("/slots").json()))
         assert error_of(alice.get("/slots", params={"fail_on_no_slot": "1"}), 503)
         assert bob.get("/slots", params={"fail_on_no_slot": "1"}).status_code == 200
