@@ -761,6 +761,7 @@ def test_a_model_with_lanes_takes_no_more_tickets_than_slots_and_fails_as_one(
         for ticket in tickets:
             cancel(ticket.request_id)
             finish(valkey, ticket.request_id)
+        assert finish(valkey, admitted(alice, max_tokens=4).ticket.request_id)["reason"] == "length"
 
 
 def test_the_engine_of_the_configuration_is_loaded(cast: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
