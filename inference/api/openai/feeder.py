@@ -153,7 +153,8 @@ class Feeder:
                 logger.exception("a round of the batches failed")
                 await asyncio.sleep(ROUND_SECONDS)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), ROUND_SECONDS)
+                async with asyncio.timeout(ROUND_SECONDS):
+                    await self._news.wait()
                 await asyncio.sleep(GATHER_SECONDS)
             self._news.clear()
 
@@ -397,7 +398,8 @@ async def _either(event: asyncio.Event, seconds: float) -> None:
         await asyncio.sleep(min(seconds, ROUND_SECONDS))
         return
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 async def _ask(order: Order, terms: BatchTerms) -> HttpResponse:

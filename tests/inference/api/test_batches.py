@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -592,12 +593,35 @@ def test_an_upload_without_a_key_or_a_length_is_bounded_all_the_same(
 
 def on_the_loop(work: Any) -> None:
     """Something asynchronous, on the loop of the site."""
-    import asyncio
-
     from inference.api.openai import feeder
 
     assert feeder._feeder is not None
     asyncio.run_coroutine_threadsafe(work, feeder._feeder[1]).result(PATIENCE_SECONDS)
+
+
+async def test_a_feeder_that_is_stopped_in_the_moment_of_news_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio.wait_for forgets that it was cancelled where what it waits for has just come."""
+    from inference.api.openai import feeder
+
+    async def nothing(_: feeder.Feeder) -> None:
+        return None
+
+    monkeypatch.setattr(feeder.Feeder, "_round", nothing)
+    monkeypatch.setattr(feeder.Feeder, "_give_back_lease", lambda _: None)
+    for num_turns in range(6):
+        found, ending = feeder.Feeder(), asyncio.Event()
+        found.start()
+        line = asyncio.create_task(feeder._either(ending, PATIENCE_SECONDS))
+        await asyncio.sleep(0.01)
+        found.wake()
+        ending.set()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        is_over = line.done() or not line.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS / 6):
+            await found.stop()
+            await asyncio.gather(line, return_exceptions=True)
+        assert is_over or line.cancelled()
 
 
 @pytest.mark.parametrize("line", [chat_line, response_line])
