@@ -1,7 +1,4 @@
-"""That this web process lives: a heartbeat in Redis, on a thread of its own. What a dead one alone read is cancelled.
-
-Apart from the sweep, which may wait for the database longer than a heartbeat lasts.
-"""
+"""That this web process lives: a heartbeat in Redis, on its own thread. What a dead one alone read is cancelled."""
 
 from __future__ import annotations
 

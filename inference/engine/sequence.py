@@ -231,7 +231,7 @@ class Sequence:
             drafted_tokens=self.num_drafted,
             accepted_tokens=self.num_accepted,
             is_truncated=self.is_truncated,
-            held_tokens=self.num_computed,
+            held_tokens=0 if self.slot_number is None else self.num_computed,  # vectors need no slot
             num_parks=self.num_parks,
             parked_seconds=self.parked_seconds + parked,
             queue_seconds=started - self.submitted_at,

@@ -182,7 +182,6 @@ class WorkerHost:
         self._never_loaded: Sequence[HostedModel] = ()
         self._unknown_leases: dict[str, int] = {}
         self._free_and_waiting_since: float | None = None
-        self._has_started = False
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in [
@@ -212,7 +211,6 @@ class WorkerHost:
             self._keeper.wait_until_settled()
         follow.start()
         entitlements.start()
-        self._has_started = True
         waiting = self._num_waiting()
         logger.info("worker %s of pool %s has started, %d tickets wait", self.worker_id, self.pool, waiting)
         self._ring(waiting)
@@ -675,8 +673,7 @@ class WorkerHost:
             self._cancelled_early.pop(request_id, None)
 
     def _watch(self, num_waiting: int, num_batch_waiting: int) -> None:
-        """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped.
-        Before the start is over it has not begun."""
+        """Slots are free while tickets of their models wait: a doorbell was lost, or Celery's consumer has stopped."""
         due = 0
         for model in self._all_models() if num_waiting or num_batch_waiting else ():
             waiting = self._keeper.waiting.get(model.served.id)
@@ -688,7 +685,7 @@ class WorkerHost:
                 due += min(waiting.number, 1)
         if self._num_threads is not None:  # one that serves cannot answer a bell
             due = min(due, self._num_threads - len(self._live))
-        if due <= 0 or self._stopping.is_set() or not self._has_started:
+        if due <= 0 or self._stopping.is_set():
             self._free_and_waiting_since = None
             return
         now = time.monotonic()
@@ -856,8 +853,8 @@ def current_host() -> WorkerHost | None:
 
 
 class Stopper(threading.Thread):
-    """Drains the host as soon as the process is told to stop. Celery's loop looks up once a second, and not at all
-    while models are loaded. What does not end by itself LATE_SECONDS after the drain is ended.
+    """Drains the host as soon as the process is told to stop. Celery's loop looks up once a second. What does not
+    end by itself LATE_SECONDS after the drain is ended.
 
     A thread that waits for a word, since a signal's handler may interrupt what starts threads or holds a lock.
     """

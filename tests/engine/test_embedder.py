@@ -86,6 +86,7 @@ def test_inputs_of_several_requests_share_a_step_and_give_what_each_gives_alone(
         receipt = bench.finished[request.request_id].receipt
         assert (receipt.prompt_tokens, receipt.completion_tokens) == (len(request.prompt), 0)
         assert receipt.num_steps > 0
+        assert (receipt.slot_id, receipt.held_tokens) == (None, 0)
 
 
 def test_one_request_of_many_inputs_does_not_keep_another_waiting() -> None:

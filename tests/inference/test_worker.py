@@ -369,36 +369,6 @@ def test_a_worker_whose_threads_all_serve_is_not_stuck_though_slots_are_free(
             assert finish(valkey, sent.request_id)["reason"] == "length"
 
 
-def test_a_worker_that_still_loads_models_is_not_stuck_though_one_is_ready(
-    alice: Any, valkey: Any, quick_beats: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Celery's consumer begins when all of them are loaded: until then nobody can answer a bell."""
-    monkeypatch.setattr(worker_module, "STUCK_SECONDS", 0.1)
-    register("vast", is_default=False, digest="e" * 64)
-    stuck, gate = threading.Event(), threading.Event()
-
-    def load(served: Any) -> FakeBackend:
-        if served.name == "vast":
-            gate.wait(PATIENCE_SECONDS)
-        return FakeBackend(served.n_slots, served.n_ctx)
-
-    host = worker_module.WorkerHost("default", client=valkey, load=load, on_stuck=stuck.set, num_threads=4)
-    starting = threading.Thread(target=host.start, daemon=True)
-    starting.start()
-    try:
-        wait_for(lambda: host.num_slots)
-        admitted(alice)
-        wait_for(lambda: any(found.number for found in host._keeper.waiting.values()))
-        assert not stuck.wait(0.5)
-        gate.set()
-        starting.join(PATIENCE_SECONDS)
-        assert stuck.wait(PATIENCE_SECONDS)
-    finally:
-        gate.set()
-        starting.join(PATIENCE_SECONDS)
-        host.stop(0.0, 5.0)
-
-
 def test_a_worker_whose_clock_is_wrong_serves_all_the_same(
     alice: Any, valkey: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +429,8 @@ def test_a_model_that_is_loaded_serves_while_others_still_load(
     try:
         starting.join(PATIENCE_SECONDS / 3)
         assert not starting.is_alive(), "Celery's consumer would begin with the last of them"
+        wait_for(lambda: hosts[0].num_slots)
+        bell.clear()
         wait_for(lambda: bell)
         hosts[0].serve()
         assert finish(valkey, sent.request_id)["reason"] == "length"
@@ -801,7 +773,7 @@ def test_celery_starts_the_host_before_its_consumer_and_drains_it_before_its_poo
     step.start(Parent)
     host = worker_module.current_host()
     assert host is not None
-    assert (host.pool, host.num_slots) == ("default", 4)
+    assert (host.pool, wait_for(lambda: host.num_slots)) == ("default", 4)
     sent = admitted(principal_of(cast.alice)).ticket
     host.serve()
     assert finish(valkey, sent.request_id)["reason"] == "length"

@@ -66,6 +66,9 @@ Ended = tuple[Answer, tuple[str, ...]]
 """An answer, and the tickets that it came of."""
 MAX_WAIT_SECONDS = 30.0
 """Between two attempts at a line that cannot be taken just now."""
+CURBED_SECONDS = 600.0
+"""A batch that had to give places back gets no more than it kept for so long, or until it has an answer: a line that is
+taken back is queued again under its next id, of which it has no more than redelivery.MAX_PLACES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ class Feeder:
         self._answers: list[Ended] = []
         self._asked_again: set[str] = set()
         """Batches that end, whose first lines have been asked for what another feeder had begun."""
+        self._curbed: dict[str, tuple[int, float]] = {}
+        """Batches that gave places back: how many they may have, and until when."""
         self._turn = 0
         self._purge_at = 0.0
         self._metrics_at = 0.0
@@ -153,7 +158,8 @@ class Feeder:
                 logger.exception("a round of the batches failed")
                 await asyncio.sleep(ROUND_SECONDS)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), ROUND_SECONDS)
+                async with asyncio.timeout(ROUND_SECONDS):
+                    await self._news.wait()
                 await asyncio.sleep(GATHER_SECONDS)
             self._news.clear()
 
@@ -195,7 +201,7 @@ class Feeder:
         fed.task = asyncio.create_task(self._answer(fed))
 
     def _drop(self, fed: Fed) -> None:
-        """It is closed with the others of its batch that nobody answered."""
+        """It is begun again at its next turn, or closed with the others of its batch that nobody answered."""
         if fed.task is not None and fed.task is not asyncio.current_task():
             fed.task.cancel()
         self._fed.pop((fed.order.batch_id, fed.order.number), None)
@@ -210,6 +216,7 @@ class Feeder:
         self._fed.clear()
         self._jobs.clear()
         self._asked_again.clear()
+        self._curbed.clear()
 
     async def _work(self, batch_id: str, job: Callable[[], None]) -> None:
         """Validation, or the writing of results."""
@@ -257,6 +264,8 @@ class Feeder:
             book.record([answer for answer, _ in answers])
             _tidy(answers)
             done = {(answer.batch_id, answer.number) for answer, _ in answers}
+            for batch_id, _ in done:
+                self._curbed.pop(batch_id, None)
             in_hand = {
                 batch_id: [fed for fed in held if (batch_id, fed.order.number) not in done]
                 for batch_id, held in in_hand.items()
@@ -322,14 +331,18 @@ class Feeder:
             self._make_places(feeding, in_hand, plan)
             return
         self._turn += 1
+        moment = time.monotonic()
+        self._curbed = {each: curb for each, curb in self._curbed.items() if moment < curb[1]}
         in_turn = [feeding[(place + self._turn) % len(feeding)] for place in range(len(feeding))]
         for place, batch in enumerate(sorted(in_turn, key=lambda each: len(in_hand.get(each.id, [])))):
             if free <= 0:
                 return
             held = [fed.order.number for fed in in_hand.get(batch.id, [])]
             share = min(free, max(-(-free // (len(feeding) - place)), _share(feeding) - len(held)))
+            if batch.id in self._curbed:
+                share = min(share, self._curbed[batch.id][0] - len(held))
             principal = _principal(batch, now)
-            if principal is None:
+            if principal is None or share <= 0:
                 continue
             rows = book.waiting(batch, share, held)
             try:
@@ -353,6 +366,8 @@ class Feeder:
             withdrawn = list(islice(idle, min(missing, max(0, len(held) - share))))
             missing -= len(withdrawn)
             plan.withdrawn += withdrawn
+            if withdrawn:
+                self._curbed[batch.id] = len(held) - len(withdrawn), time.monotonic() + CURBED_SECONDS
 
     def _keep_house(self, now: datetime) -> None:
         moment = time.monotonic()
@@ -397,7 +412,8 @@ async def _either(event: asyncio.Event, seconds: float) -> None:
         await asyncio.sleep(min(seconds, ROUND_SECONDS))
         return
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 async def _ask(order: Order, terms: BatchTerms) -> HttpResponse:

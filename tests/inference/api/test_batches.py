@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -533,6 +534,8 @@ def test_a_batch_that_nobody_serves_leaves_room_for_others(
     site: InProcessSite, alice: openai.OpenAI, settings: Any
 ) -> None:
     """Its lines would hold all places until it expires: their model's pool has no worker."""
+    from accounts.models import Reservation
+    from inference.api.openai import feeder
     from inference.catalog import registry
     from inference.models import ServedModel
     from inference.transport.queue import batch_queue, ticket_queue
@@ -545,9 +548,19 @@ def test_a_batch_that_nobody_serves_leaves_room_for_others(
     far = start(alice, [chat_line(str(number), model="far") for number in range(8)])
     wait_until(lambda: ticket_queue().num_waiting(batch_queue("far")) == 4)
     with sdk(site.base_url, site.cast.bob.text) as bob:
-        batch = run(bob, [chat_line(str(number)) for number in range(20)])
-        assert (batch.status, counts(batch)) == ("completed", (20, 20, 0))
-    wait_until(lambda: ticket_queue().num_waiting(batch_queue("far")) == 4)
+        for _ in range(3):  # each of which needs places anew
+            batch = run(bob, [chat_line(str(number)) for number in range(20)])
+            assert (batch.status, counts(batch)) == ("completed", (20, 20, 0))
+    assert ticket_queue().num_waiting(batch_queue("far")) == 2
+    assert not Reservation.objects.filter(request_id__contains="-r").exists(), "a line has a few hundred ids, not more"
+    assert feeder._feeder is not None
+    found = feeder._feeder[0]
+
+    def has_all_again() -> bool:
+        found._curbed = {batch_id: (most, 0.0) for batch_id, (most, _) in found._curbed.items()}  # the time is over
+        return ticket_queue().num_waiting(batch_queue("far")) == 4
+
+    wait_until(has_all_again)
     assert counts(alice.batches.retrieve(far)) == (8, 0, 0)
     alice.batches.cancel(far)
     assert ended(alice, far).status == "cancelled"
@@ -592,12 +605,35 @@ def test_an_upload_without_a_key_or_a_length_is_bounded_all_the_same(
 
 def on_the_loop(work: Any) -> None:
     """Something asynchronous, on the loop of the site."""
-    import asyncio
-
     from inference.api.openai import feeder
 
     assert feeder._feeder is not None
     asyncio.run_coroutine_threadsafe(work, feeder._feeder[1]).result(PATIENCE_SECONDS)
+
+
+async def test_a_feeder_that_is_stopped_in_the_moment_of_news_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio.wait_for forgets that it was cancelled where what it waits for has just come."""
+    from inference.api.openai import feeder
+
+    async def nothing(_: feeder.Feeder) -> None:
+        return None
+
+    monkeypatch.setattr(feeder.Feeder, "_round", nothing)
+    monkeypatch.setattr(feeder.Feeder, "_give_back_lease", lambda _: None)
+    for num_turns in range(6):
+        found, ending = feeder.Feeder(), asyncio.Event()
+        found.start()
+        line = asyncio.create_task(feeder._either(ending, PATIENCE_SECONDS))
+        await asyncio.sleep(0.01)
+        found.wake()
+        ending.set()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        is_over = line.done() or not line.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS / 6):
+            await found.stop()
+            await asyncio.gather(line, return_exceptions=True)
+        assert is_over or line.cancelled()
 
 
 @pytest.mark.parametrize("line", [chat_line, response_line])
