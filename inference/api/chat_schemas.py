@@ -213,7 +213,7 @@ class ToolMessage(BaseModel):
     role: Literal["tool"]
     content: Content | Parts
     tool_call_id: CallId | None = None
-    name: Speaker | None = None
+    name: CalledName | None = None
 
     def message(self) -> Message:
         return Message(role="tool", content=text_of(self.content), tool_call_id=self.tool_call_id, name=self.name)

@@ -44,10 +44,12 @@ class Together:
         batch: BatchTerms | None = None,
     ) -> None:
         """batch: that the request is a line of. hold: for each of the orders."""
-        self.principal, self.orders, self.request_id, self.route = principal, orders, request_id, route
+        self.principal, self.orders, self.request_id, self.route = principal, list(orders), request_id, route
         self._hold, self._batch = hold, batch
         self._created_at = time.time()
         self._prepared: list[Prepared] = []
+        self._is_unpaid = False
+        """The last order that was to pay for a prompt has its answer from the cache, which computes none."""
         self._lock = threading.Lock()
         self._held: dict[int, Held] = {}
         """What is held for orders that have no ticket yet."""
@@ -116,11 +118,19 @@ class Together:
 
     def _prepare(self, number: int) -> Prepared:
         order, payer = self.orders[number], None
-        if order.shares_prompt and self._prepared:
-            payer = [each for each in self._prepared if not each.order.shares_prompt][-1]
-            if payer.cached is not None:  # it computes no prompt: this one pays for its own
-                order, payer = replace(order, shares_prompt=False), None
-        return admission.prepare(self.principal, order, batch=self._batch, payer=payer)
+        if order.shares_prompt and self._is_unpaid:
+            order = self.orders[number] = replace(order, shares_prompt=False)
+        elif order.shares_prompt and self._prepared:
+            payer = self._prepared[max(each for each in range(number) if not self.orders[each].shares_prompt)]
+        try:
+            prepared = admission.prepare(self.principal, order, batch=self._batch, payer=payer)
+        except dry_run.Found as found:
+            if not order.shares_prompt:
+                self._is_unpaid = found.wanted[-1].is_cached
+            raise
+        if not order.shares_prompt:
+            self._is_unpaid = prepared.cached is not None
+        return prepared
 
     def _take_all(self) -> None:
         computed = [number for number, each in enumerate(self._prepared) if each.cached is None]

@@ -61,45 +61,60 @@ class _Rung(NamedTuple):
 
 def widest(form: Form) -> Compiled:
     """Without regard to length. Raises SchemaError, as the other rungs would."""
-    return _ladder(form).widest()
+    return _grammars(form).widest()
 
 
 def fit(form: Form, num_tokens: int) -> Compiled:
     """The widest whose longest text has no more bytes than tokens are left; of those of short strings, no more than
-    twice as many; else the narrowest. The last two may be cut. Fewer calls come before narrower bounds. Raises
-    SchemaError."""
-    return _ladder(form).fit(num_tokens)
+    twice as many; else the narrowest. The last two may be cut. Fewer calls come before narrower bounds. Calls and an
+    answer beside them are fitted each for itself: long calls shorten no answer. Raises SchemaError."""
+    return _grammars(form).fit(num_tokens)
 
 
 @lru_cache(maxsize=64)
-def _ladder(form: Form) -> _Ladder:
-    return _Ladder(form)
+def _grammars(form: Form) -> _Grammars:
+    return _Grammars(form)
+
+
+class _Grammars:
+    """Those of one form, each made when it is first asked for. Any thread: what two make at once is the same."""
+
+    def __init__(self, form: Form) -> None:
+        if isinstance(form, EitherForm):
+            self._ladders = [_Ladder(form.calls, is_lenient=True), _Ladder(form.answer)]
+        else:
+            self._ladders = [_Ladder(form)]
+        self._compiled: dict[tuple[_Rung, ...], Compiled] = {}
+
+    def widest(self) -> Compiled:
+        return self._compile(tuple(each.rungs[0] for each in self._ladders))
+
+    def fit(self, num_tokens: int) -> Compiled:
+        return self._compile(tuple(each.find(num_tokens) for each in self._ladders))
+
+    def _compile(self, rungs: tuple[_Rung, ...]) -> Compiled:
+        if rungs not in self._compiled:
+            rules = Rules()
+            pieces = [each.piece(rules, rung) for each, rung in zip(self._ladders, rungs, strict=True)]
+            self._compiled[rungs] = finish(rules, choice(pieces))
+        return self._compiled[rungs]
 
 
 class _Ladder:
-    """The grammars of one form, the widest first, each made when it is first asked for. Any thread: what two make at
-    once is the same."""
+    """The rungs of calls, or of an answer, the widest first. is_lenient: as calls_piece."""
 
-    def __init__(self, form: Form) -> None:
-        self._form = form
-        calls = form.calls if isinstance(form, EitherForm) else form
-        self._rungs = _rungs(isinstance(calls, CallsForm) and calls.parallel)
+    def __init__(self, form: CallsForm | JsonForm, *, is_lenient: bool = False) -> None:
+        self._form, self._is_lenient = form, is_lenient
+        self.rungs = _rungs(isinstance(form, CallsForm) and form.parallel)
         self._lengths: dict[_Rung, int | None] = {}
-        self._compiled: dict[_Rung, Compiled] = {}
 
-    def widest(self) -> Compiled:
-        return self._compile(self._rungs[0])
-
-    def fit(self, num_tokens: int) -> Compiled:
-        return self._compile(self._find(num_tokens))
-
-    def _find(self, num_tokens: int) -> _Rung:
-        for rung in self._rungs:
+    def find(self, num_tokens: int) -> _Rung:
+        for rung in self.rungs:
             longest = self._num_bytes(rung)
             if longest is not None and longest <= num_tokens and rung.bounds.max_string >= SHORT_STRING:
                 return rung
-        narrowest = self._rungs[0]
-        for rung in self._rungs:
+        narrowest = self.rungs[0]
+        for rung in self.rungs:
             longest = self._num_bytes(rung)
             narrowest = narrowest if longest is None else rung
             if longest is not None and longest <= 2 * num_tokens and rung.bounds.max_string <= SHORT_STRING:
@@ -111,42 +126,26 @@ class _Ladder:
         where a pattern's are longer."""
         if rung not in self._lengths:
             try:
-                self._lengths[rung] = self._made(rung)[1].num_bytes
+                self._lengths[rung] = self.piece(Rules(), rung).num_bytes
             except SchemaError:
                 self._lengths[rung] = None
         return self._lengths[rung]
 
-    def _compile(self, rung: _Rung) -> Compiled:
-        if rung not in self._compiled:
-            self._compiled[rung] = finish(*self._made(rung))
-        return self._compiled[rung]
-
-    def _made(self, rung: _Rung) -> tuple[Rules, Piece]:
-        rules = Rules()
+    def piece(self, rules: Rules, rung: _Rung) -> Piece:
+        """Raises SchemaError."""
         match self._form:
-            case JsonForm():
-                piece = _answer(rules, self._form, rung)
-            case CallsForm():
-                piece = _calls(rules, self._form, rung)
-            case EitherForm(calls=calls, answer=answer):
-                piece = choice([_calls(rules, calls, rung, is_lenient=True), _answer(rules, answer, rung)])
-        return rules, piece
-
-
-def _answer(rules: Rules, form: JsonForm, rung: _Rung) -> Piece:
-    return schema_piece(rules, json.loads(form.schema), rung.bounds)
-
-
-def _calls(rules: Rules, form: CallsForm, rung: _Rung, *, is_lenient: bool = False) -> Piece:
-    return calls_piece(
-        rules,
-        json.loads(form.tools),
-        form.tool,
-        form.format,
-        bounds=rung.bounds,
-        num_calls=rung.num_calls,
-        is_lenient=is_lenient,
-    )
+            case JsonForm(schema=schema):
+                return schema_piece(rules, json.loads(schema), rung.bounds)
+            case CallsForm(tools=tools, tool=tool, format=format):
+                return calls_piece(
+                    rules,
+                    json.loads(tools),
+                    tool,
+                    format,
+                    bounds=rung.bounds,
+                    num_calls=rung.num_calls,
+                    is_lenient=self._is_lenient,
+                )
 
 
 @lru_cache(maxsize=2)

@@ -7,7 +7,7 @@ Pure; used by everything here that makes a grammar.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -110,6 +110,13 @@ class Rules:
         self._prefix = prefix
         self._names: dict[str, str] = {}
         self._taken: set[str] = {"root"}
+        self._known: dict[Hashable, Piece] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Piece]) -> Piece:
+        """The piece of this key, made when it is first asked for: made again it would be the same."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     def name(self, hint: str, piece: Piece) -> Piece:
         """A reference to a rule with this body; an equal rule that exists already is used again."""

@@ -24,6 +24,10 @@ def quoted(piece: Piece) -> Piece:
 def text(rules: Rules, low: int, high: int, *, counts_bytes: bool = False) -> Piece:
     """A string of low to high characters. counts_bytes: those beyond low have high - low bytes together, escapes
     included; a string of ASCII is then as long as before, and the longest one is a quarter of it."""
+    return rules.once(("text", low, high, counts_bytes), lambda: _text(rules, low, high, counts_bytes=counts_bytes))
+
+
+def _text(rules: Rules, low: int, high: int, *, counts_bytes: bool) -> Piece:
     escape = sequence(literal("\\"), one_of(r"\"\\/bfnrt"))
     char = rules.name("char", choice([one_of(PLAIN_CHARACTERS), escape]))
     if not counts_bytes:

@@ -581,6 +581,7 @@ def operator_routes() -> Iterator[str]:
             yield re.sub(r"\(\?P<\w+>[^()]*\)", "1", anchored)
 
 
+@pytest.mark.django_db(transaction=True)  # threads that read the key anew see what is committed alone
 @pytest.mark.parametrize("scopes", [["generate"], ["usage"], ["generate", "usage"], ["operator"], None])
 def test_every_operator_route_wants_the_operators_scope(house: House, client: Client, scopes: list[str] | None) -> None:
     headers = {}

@@ -116,7 +116,8 @@ def test_forty_adapters_come_and_go_while_both_lanes_run_and_memory_stays_flat(
 ) -> None:
     sizes = in_a_process_of_its_own(run_adapters, model_path, tuple(tokenizer.encode(GLASS, add_special=True)))
     slope, _ = statistics.linear_regression(range(20), sizes[20:])
-    assert slope < 0.25, f"MiB a cycle; an adapter kept would be several: {sizes}"
+    adapter = FILES["clerk"].stat().st_size / 2**20
+    assert slope < adapter / 2, f"MiB a cycle; one that was kept would be {adapter:.1f}: {sizes}"
 
 
 def run_adapters(model_path: Path, prompt: tuple[int, ...]) -> list[float]:

@@ -16,10 +16,13 @@ from inference.structured import (
     SchemaError,
     behind_thoughts,
     fit,
+    string_forms,
     thought_overhead,
     validate,
     widest,
 )
+from inference.structured.json_schema import Bounds, schema_piece
+from inference.structured.pieces import Rules
 from tests.structured.derivations import Matcher, Sampler
 from tests.structured.tool_corpus import TOOLS, tool
 
@@ -124,6 +127,28 @@ def test_where_a_call_may_be_an_answer_both_are_within_the_tokens(name: str) -> 
         if not text.startswith("<tool_call>"):
             jsonschema.validate(json.loads(text), TOOLS["get_weather"][1])
     assert seen == {True, False}
+
+
+def test_long_calls_shorten_no_answer() -> None:
+    answer = JsonForm(b'{"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}')
+    properties = {f"field_{number}": {"type": "string"} for number in range(6)}
+    long = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+    compiled = fit(EitherForm(CallsForm(json.dumps([long]).encode(), None, True, "chatml"), answer), NUM_TOKENS)
+    assert compiled.num_bytes <= NUM_TOKENS
+    assert Matcher(compiled.grammar).matches(json.dumps({"text": "a" * 80}))
+
+
+def test_strings_of_one_length_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools of agents have hundreds of them, and each byte of one is a rule."""
+    made: list[int] = []
+    counted = string_forms.at_most
+    monkeypatch.setattr(
+        string_forms, "at_most", lambda rules, widths, number: made.append(number) or counted(rules, widths, number)
+    )
+    properties = {f"field_{number}": {"type": "string"} for number in range(20)}
+    rules = Rules()
+    schema_piece(rules, {"type": "object", "properties": properties}, Bounds(strict=True))
+    assert made == [256]
 
 
 def test_a_tool_that_no_grammar_can_keep_may_be_called_with_any_object_where_nothing_is_forced() -> None:

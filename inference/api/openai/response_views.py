@@ -296,15 +296,20 @@ def _earlier(body: ResponsesBody, principal: Principal) -> list[dict[str, Any]]:
 def _looked_up(given: Sequence[GivenItem], principal: Principal) -> list[AnyItem]:
     """The items that references stand for in their places. Raises Refusal.
 
-    From the end: what is stored of the newest response has the conversation before it, too.
+    From the end: what is stored of the newest response has the conversation before it, too. Each is there once, so that
+    a short body says no more than is stored.
     """
     items: list[AnyItem] = []
     known: dict[str | None, AnyItem] = {}
+    named: set[str] = set()
     num_read = 0
     for item in reversed(given):
         if not isinstance(item, ReferenceItem):
             items.append(item)
             continue
+        if item.id in named:
+            raise wrong_field("input", f"Duplicate item found with id '{item.id[:64]}'.")
+        named.add(item.id)
         if item.id not in known and num_read < MAX_REFERRED:
             num_read += 1
             known = {each.id: each for each in _items_around(item.id, principal)} | known

@@ -209,6 +209,15 @@ def test_a_call_without_arguments_has_none(site: InProcessSite) -> None:
     assert '"name": "f", "arguments": {}' in response.json()["prompt"]
 
 
+def test_an_answer_of_a_tool_names_it_as_the_model_has_called_it(site: InProcessSite) -> None:
+    alice = site.client(site.cast.alice)
+    for name in ("search the web", "s" * 128, "mcp/find"):
+        call = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": "{}"}}
+        answer = {"role": "tool", "tool_call_id": "call_1", "name": name, "content": "Yes"}
+        response = apply(alice, [HELLO, {"role": "assistant", "tool_calls": [call]}, answer])
+        assert response.status_code == 200, response.text
+
+
 def test_a_refusal_is_what_the_assistant_said(site: InProcessSite) -> None:
     alice = site.client(site.cast.alice)
     refusal = {"role": "assistant", "content": None, "refusal": "No.", "annotations": [{"type": "url_citation"}]}

@@ -169,6 +169,15 @@ def test_a_cached_answer_needs_no_tokens_of_a_quota_that_was_lowered(site: InPro
     assert client.post("/v1/generate", json=BODIES["/v1/generate"]).headers["x-cache"] == "hit"
 
 
+def test_a_prompt_is_counted_once_where_the_first_of_several_answers_is_cached(site: InProcessSite) -> None:
+    client = site.client(site.cast.alice)
+    body = {"prompt": "one two three four", "max_tokens": 8, "temperature": 1, "seed": 7, "cache": True}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    site.settle()
+    told = ask(client, {**body, "n": 3}, "/v1/completions").json()
+    assert (told["prompt_tokens"], told["max_tokens"]) == (4, 16)
+
+
 def test_of_two_limits_that_refuse_it_names_the_one_that_the_request_meets_first(
     site: InProcessSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -280,6 +280,14 @@ def test_a_reference_stands_for_an_item_that_is_stored(site: InProcessSite, keep
         assert "stored_responses --tenant" in error["message"]
 
 
+def test_an_item_is_referred_to_once(site: InProcessSite, keeping: Customer) -> None:
+    """A body of kilobytes would name megabytes thousands of times."""
+    alice = site.client(keeping)
+    reference = {"type": "item_reference", "id": respond(alice).json()["output"][0]["id"]}
+    error = error_of(respond(alice, [reference, reference]), 400, "invalid_value", "input")
+    assert reference["id"] in error["message"]
+
+
 def test_a_call_that_was_cut_does_not_end_its_conversation(site: InProcessSite, keeping: Customer) -> None:
     alice = site.client(keeping)
     first = respond(alice).json()

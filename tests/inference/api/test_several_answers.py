@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -106,6 +107,29 @@ def test_a_prompt_is_paid_once_where_the_first_answer_comes_from_the_cache(site:
     paid = LedgerEntry.objects.filter(kind="settle").order_by("pk").values_list("prompt_tokens", "completion_tokens")
     assert sorted(paid) == [(0, 0), (0, 8), (4, 8), (4, 8)]
     assert audit().is_clean
+
+
+def test_who_shares_a_prompt_waits_for_who_pays_for_it_also_behind_an_answer_from_the_cache(
+    site: InProcessSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = site.client(site.cast.alice)
+    body = {"prompt": FOUR, "max_tokens": 8, "temperature": 1, "seed": 7, "cache": True}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    site.settle()
+    seen: list[str] = []
+    admit = together.Together.admit
+
+    def slow(self: together.Together, number: int) -> Any:
+        seen.append(f"{number} asks")
+        if number == 1:
+            time.sleep(0.2)
+        found = admit(self, number)
+        seen.append(f"{number} is in")
+        return found
+
+    monkeypatch.setattr(together.Together, "admit", slow)
+    assert client.post("/v1/completions", json={**body, "n": 3}).status_code == 200
+    assert seen.index("1 is in") < seen.index("2 asks")
 
 
 def test_more_answers_than_places_are_made_one_after_the_other(site: InProcessSite) -> None:
