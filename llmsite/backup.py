@@ -45,6 +45,9 @@ DATABASE = "database/content"
 SECRETS = ("secret_key", "key_pepper")
 FILE_FOLDERS = ("models", "adapters", "uploads")
 """Folders of STATE_DIR that hold what was uploaded or made from it. States of slots are computed again."""
+SQLITE_HEADER = b"SQLite format 3\0"
+UNMERGED = ("-wal", "-journal")
+"""Behind the name of a SQLite database: what was written and is not in it yet, or has to leave it again."""
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MEMBERS = 100_000
 CHUNK = 1 << 20
@@ -244,8 +247,8 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
     match PurePosixPath(member.name).parts:
         case ("secrets", name):
             is_ours = name in SECRETS
-        case ("files", folder, _, *rest):
-            is_ours = folder in FILE_FOLDERS and ".." not in rest
+        case ("files", folder, _, *_):
+            is_ours = folder in FILE_FOLDERS
         case _:
             is_ours = member.name in (MANIFEST, DATABASE)
     return member.isfile() and is_ours and ".." not in member.name.split("/") and "\\" not in member.name
@@ -366,7 +369,7 @@ def _replace_database(source: Path, now: datetime, done: Restored) -> None:
     target = Path(connection.settings_dict["NAME"])
     connection.close()
     _put_aside(target, now, done)
-    for suffix in ("-wal", "-shm"):  # of the file that was put aside: its last close has merged them
+    for suffix in ("-shm", *UNMERGED):  # of no file that is there any more
         target.with_name(target.name + suffix).unlink(missing_ok=True)
     source.rename(target)
 
@@ -375,11 +378,24 @@ def _put_aside(path: Path, now: datetime, done: Restored) -> None:
     if not path.exists():
         return
     if path.suffix == ".sqlite3":
-        with contextlib.closing(sqlite3.connect(path)) as old:
-            old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        _merge(path)
     kept = path.with_name(f"{path.name}.before-{now:%Y%m%dT%H%M%S}")
     path.rename(kept)
     done.kept.append(str(kept))
+    for suffix in UNMERGED:
+        if (beside := path.with_name(path.name + suffix)).exists():
+            beside.rename(f"{kept}{suffix}")
+            done.kept.append(f"{kept}{suffix}")
+
+
+def _merge(path: Path) -> None:
+    """What was written last into the database itself. One that is damaged stays as it is: SQLite would throw that
+    away."""
+    with path.open("rb") as file:
+        is_database = file.read(len(SQLITE_HEADER)) == SQLITE_HEADER
+    if is_database:
+        with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(path)) as old:
+            old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _replace_files(config: Config, scratch: Path, now: datetime, done: Restored) -> None:

@@ -58,11 +58,17 @@ class HouseCommand(BaseCommand, ABC):
 
     def run_from_argv(self, argv: list[str]) -> None:
         try:
-            super().run_from_argv(argv)
-            sys.stdout.flush()
+            try:
+                self._run(argv)
+            finally:
+                sys.stdout.flush()
         except BrokenPipeError:  # whoever read it has enough, as `head` does; what is done is done
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(UNREAD)
+
+    def _run(self, argv: list[str]) -> None:
+        try:
+            super().run_from_argv(argv)
         except SystemExit as end:
             if end.code == DIFFERS and not self._has_begun:  # argparse's own status for what it does not understand
                 if "--json" in argv:

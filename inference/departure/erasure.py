@@ -14,13 +14,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
 from django.contrib.contenttypes.models import ContentType
 from django.db import transaction
-from django.db.models import Model, Q, QuerySet
+from django.db.models import Max, Model, Q, QuerySet
 from django.utils import timezone
 
 from accounts.identity import issuing, tenants
@@ -88,7 +89,7 @@ def erase(tenant: Tenant, *, now_too: bool = False) -> Erased:
     if (requests or batches) and not now_too:
         raise Busy(len(requests), len(batches))
     told = Erased(f"erased-{tenant.pk}")
-    named = _rows_that_name_it(tenant)
+    trails = _trails_that_name_it(tenant)
     was_open = bool(tenants.set_status([tenant], Tenant.Status.SUSPENDED))
     for key in tenant.api_keys.filter(revoked_at=None):
         issuing.revoke(key)
@@ -97,7 +98,7 @@ def erase(tenant: Tenant, *, now_too: bool = False) -> Erased:
     people = _forget_people(tenant)
     _forget_settings(tenant, told)
     _strip_names(tenant, told.name)
-    _strip_trails(named, people)
+    _strip_trails(trails, people)
     audit_log.acted(tenant, {"erased": (None, told.counts)})
     leftovers.wipe(ticket_queue().client)
     return told
@@ -213,9 +214,18 @@ def _strip_names(tenant: Tenant, name: str) -> None:
 # What was noted of it
 
 
-def _rows_that_name_it(tenant: Tenant) -> Mapping[type[Model], Sequence[int | str]]:
-    """Rows whose entries in the audit log and in the console's history have names, those that were removed before, too;
-    asked for while the others are there."""
+@dataclass(frozen=True, slots=True)
+class _Trail:
+    """until: of rows that are somebody else's now; what was noted of them later is theirs."""
+
+    model: type[Model]
+    rows: Sequence[int | str]
+    until: datetime | None = None
+
+
+def _trails_that_name_it(tenant: Tenant) -> Sequence[_Trail]:
+    """Rows whose entries in the audit log and in the console's history have names, those that were removed or given to
+    others before, too; asked for while the others are there. What is found by another comes before it."""
     adapters_of_it = Adapter.objects.filter(owner=tenant)
     found: dict[type[Model], QuerySet[Any]] = {
         Tenant: Tenant.objects.filter(pk=tenant.pk),
@@ -224,43 +234,57 @@ def _rows_that_name_it(tenant: Tenant) -> Mapping[type[Model], Sequence[int | st
         LimitRule: LimitRule.objects.filter(Q(tenant=tenant) | Q(key__tenant=tenant)),
         QuotaRaise: QuotaRaise.objects.filter(tenant=tenant),
         Batch: Batch.objects.filter(tenant=tenant),
-        Adapter: adapters_of_it,
         AdapterAlias: AdapterAlias.objects.filter(Q(target__in=adapters_of_it) | Q(canary__in=adapters_of_it)),
         AdapterGrant: AdapterGrant.objects.filter(Q(tenant=tenant) | Q(adapter__in=adapters_of_it)),
+        Adapter: adapters_of_it,
         User: User.objects.filter(memberships__tenant=tenant, is_staff=False, is_superuser=False, staff_role=None),
     }
-    there = {model: list(rows.values_list("pk", flat=True)) for model, rows in found.items()}
+    of_it = {model: set(rows.values_list("pk", flat=True)) for model, rows in found.items()}
+    given: list[_Trail] = []
     for model, column, whose in (
         (Membership, "tenant", Tenant),
         (LimitRule, "tenant", Tenant),
         (LimitRule, "key", APIKey),
         (Adapter, "owner", Tenant),
         (AdapterGrant, "tenant", Tenant),
+        (AdapterGrant, "adapter", Adapter),
+        (AdapterAlias, "target", Adapter),
+        (AdapterAlias, "canary", Adapter),
     ):
-        there[model] += _gone_before(model, column, there[whose])
-    return there
+        last_noted = _last_noted(model, column, list(of_it[whose]))
+        there = set(model._default_manager.filter(pk__in=list(last_noted)).values_list("pk", flat=True))
+        given += [_Trail(model, [pk], last_noted[pk]) for pk in there - of_it[model]]
+        of_it[model] |= last_noted.keys() - there
+    return [*given, *(_Trail(model, list(pks)) for model, pks in of_it.items())]
 
 
-def _gone_before(model: type[Model], column: str, pks: Sequence[Any]) -> list[str]:
-    """Numbers of rows that are not there any more, as the audit log has them: it was told whose they were."""
+def _last_noted(model: type[Model], column: str, pks: Sequence[int]) -> Mapping[int, datetime]:
+    """When the audit log was told for the last time that a row was of one of those."""
     was_of_it = Q(**{f"diff__{column}__0__in": pks}) | Q(**{f"diff__{column}__1__in": pks})
-    rows = AuditEntry.objects.filter(was_of_it, model=_label(model)).order_by()
-    return list(rows.values_list("row", flat=True).distinct())
+    rows = AuditEntry.objects.filter(was_of_it, model=_label(model)).order_by().values_list("row")
+    return {int(row): noted_at for row, noted_at in rows.annotate(Max("created_at"))}
 
 
-def _strip_trails(named: Mapping[type[Model], Sequence[Any]], people: Sequence[str]) -> None:
-    """Who, when and which field stays; what it was and is, and how the rows were called, goes."""
-    for model, pks in named.items():
-        kept = set(User.objects.filter(pk__in=pks).values_list("pk", flat=True)) if model is User else []
+def _strip_trails(trails: Sequence[_Trail], people: Sequence[str]) -> None:
+    """Who, when and which field stays; what it was and is, and how the rows were called, goes. The last entry of a row,
+    by which it is found, goes last."""
+    for trail in trails:
+        pks, label = trail.rows, _label(trail.model)
+        kept = set(User.objects.filter(pk__in=pks).values_list("pk", flat=True)) if trail.model is User else []
         gone = [str(pk) for pk in pks if pk not in kept]
-        entries = AuditEntry.objects.filter(model=_label(model), row__in=gone)
-        for entry in entries.iterator(CHUNK):
+        history = LogEntry.objects.filter(
+            content_type=ContentType.objects.get_for_model(trail.model), object_id__in=gone
+        )
+        entries = AuditEntry.objects.filter(model=label, row__in=gone)
+        if trail.until is not None:
+            history = history.filter(action_time__lte=trail.until)
+            entries = entries.filter(created_at__lte=trail.until)
+        history.update(object_repr=ERASED, change_message="")
+        for entry in entries.order_by("pk").iterator(CHUNK):
             diff = {
                 name: [None if value is None else ERASED for value in values] for name, values in entry.diff.items()
             }
-            AuditEntry.objects.filter(pk=entry.pk).update(name=f"{_label(model)} {entry.row} {ERASED}", diff=diff)
-        history = LogEntry.objects.filter(content_type=ContentType.objects.get_for_model(model), object_id__in=gone)
-        history.update(object_repr=ERASED, change_message="")
+            AuditEntry.objects.filter(pk=entry.pk).update(name=f"{label} {entry.row} {ERASED}", diff=diff)
     of_people = AuditEntry.objects.filter(actor_kind=AuditEntry.ActorKind.PERSON, actor__in=people)
     of_people.filter(model__in=("", "auth.user")).update(name=ERASED, diff={})
     of_people.update(actor=ERASED)

@@ -253,6 +253,45 @@ def test_what_was_removed_before_is_not_named_in_the_trails_either(cast: Cast) -
     assert User.objects.filter(username="friend").exists()
 
 
+def test_what_was_given_to_another_tenant_before_keeps_its_trail_from_then_on(cast: Cast) -> None:
+    """It is theirs now: what was noted of it later is no word about who is erased."""
+    rule = LimitRule.objects.create(limit="max_output", value=9, starts_at=timezone.now(), tenant=cast.alice.tenant)
+    history = LogEntry.objects.filter(object_id=str(rule.pk))
+
+    def note_in_history() -> None:
+        LogEntry.objects.create(
+            user=User.objects.get_or_create(username="friend")[0], object_id=str(rule.pk), object_repr=str(rule),
+            content_type=ContentType.objects.get_for_model(rule), action_flag=CHANGE,
+        )  # fmt: skip
+
+    note_in_history()
+    rule.tenant = cast.bob.tenant
+    rule.save()
+    note_in_history()
+    rule.value = 10
+    rule.save()
+    said("erase_tenant", "Alice's", "--yes")
+    trail = AuditEntry.objects.filter(model="accounts.limitrule", row=str(rule.pk)).order_by("pk")
+    assert [entry.name.endswith("(erased)") for entry in trail] == [True, True, False]
+    assert (trail[2].diff, trail[2].name) == ({"value": [9, 10]}, "max_output of Bob's")
+    assert [entry.object_repr for entry in history.order_by("pk")] == ["(erased)", "max_output of Bob's"]
+
+
+def test_grants_and_aliases_of_its_adapters_that_were_removed_before_are_not_named(cast: Cast) -> None:
+    tenant = cast.alice.tenant
+    small = ServedModel.objects.create(name="small", path="/s.gguf", digest="a" * 64, n_ctx=64, n_slots=1)
+    own = Adapter.objects.create(
+        base_model=small, name="of-alice", path="/a", digest="a" * 64, rank=4, alpha=4.0, owner=tenant
+    )
+    granting.grant(own, cast.bob.tenant)
+    alias = AdapterAlias.objects.create(base_model=small, name="alias-of-alice", target=own)
+    alias.delete()
+    own.delete()
+    assert AuditEntry.objects.filter(name__contains="of-alice").exists()
+    said("erase_tenant", "Alice's", "--yes")
+    assert not AuditEntry.objects.filter(name__contains="of-alice").exists()
+
+
 def test_what_a_process_lets_in_that_has_not_heard_of_it_yet_leaves_nothing(
     cast: Cast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

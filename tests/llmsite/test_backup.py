@@ -92,6 +92,10 @@ def test_a_backup_is_restored_elsewhere_with_its_ledger_proven_and_its_keys_at_w
     done = manage(other, "restore", plain["file"], "--replace", **no_redis)
     assert "no API key of the backup works" in done["warnings"][0]
     assert [Path(path).name.split(".before")[0] for path in done["kept"]] == ["db.sqlite3"]
+    # Onto a database that is damaged, which may be why it is restored.
+    (other / "db.sqlite3").write_bytes(b"damaged" * 1000)
+    done = manage(other, "restore", plain["file"], "--replace", **no_redis)
+    assert Path(done["kept"][0]).read_bytes() == b"damaged" * 1000 and done["ledger"]["clean"] is True
 
 
 def archive_of(tmp_path: Path, **members: bytes) -> Path:
@@ -218,3 +222,21 @@ def test_migrating_says_so_where_it_is_told_to(capsys: pytest.CaptureFixture[str
         executor.return_value.migration_plan.return_value = [object()]
         setup.migrate(said.append)
     assert said == ["Migrating the database (1 steps)."] and capsys.readouterr().out == ""
+
+
+def test_a_database_that_is_damaged_gives_way_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be why there is something to restore."""
+    target, copy = tmp_path / "db.sqlite3", tmp_path / "copy"
+    of_database(monkeypatch, target)
+    monkeypatch.setattr(backup.connection, "close", lambda: None, raising=False)
+    target.write_bytes(b"damaged" * 1000)
+    (tmp_path / "db.sqlite3-wal").write_bytes(b"not merged")
+    with contextlib.closing(sqlite3.connect(copy)) as whole:
+        whole.execute("CREATE TABLE kept (number INTEGER)")
+    done = backup.Restored(mock.Mock())
+    backup._replace_database(copy, datetime.now(UTC), done)
+    with contextlib.closing(sqlite3.connect(target)) as restored:
+        assert restored.execute("SELECT name FROM sqlite_master").fetchone() == ("kept",)
+    kept, beside = done.kept
+    assert (Path(kept).read_bytes(), Path(beside).read_bytes()) == (b"damaged" * 1000, b"not merged")
+    assert beside == f"{kept}-wal" and not (tmp_path / "db.sqlite3-wal").exists()

@@ -52,22 +52,32 @@ def test_words_that_are_not_understood_have_a_status_of_their_own(tmp_path: Path
         assert not done.stdout
 
 
-def test_a_pipe_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        ("shell_completion bash", ""),
+        ("shell_completion bash", "1"),
+        ("models --help", ""),
+        ("cancel --json --no-such-option", ""),
+        ("cancel --json --no-such-option", "1"),
+    ],
+)
+def test_a_pipe_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path, words: str, unbuffered: str) -> None:
     """As behind `| head`, which ends when it has seen enough."""
     unread, written = os.pipe()
     os.close(unread)
     try:
         done = subprocess.run(
-            [sys.executable, "manage.py", "shell_completion", "bash"],
+            [sys.executable, "manage.py", *words.split()],
             cwd=REPOSITORY,
-            env=site_environment(tmp_path / "state", 1),
+            env=site_environment(tmp_path / "state", 1, PYTHONUNBUFFERED=unbuffered),
             stdout=written,
             stderr=subprocess.PIPE,
             check=False,
         )
     finally:
         os.close(written)
-    assert (done.returncode, done.stderr) == (UNREAD, b"")
+    assert done.returncode == UNREAD and b"BrokenPipe" not in done.stderr
 
 
 def test_words_that_are_not_understood_are_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
