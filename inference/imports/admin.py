@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from django import forms
 from django.contrib import admin, messages
-from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.shortcuts import redirect
-from django.urls import URLPattern, path, reverse
-from django.utils.decorators import method_decorator
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.urls import reverse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
-from django.views.decorators.http import require_POST
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 from unfold.widgets import UnfoldAdminSelectWidget
 
 from accounts.pages import console
+from accounts.pages.work_pages import WorkPages
 from inference.imports import addresses, desk, importer, quarantine, upload_tokens
 from inference.imports.models import ModelImport
 from inference.models import ServedModel
@@ -89,10 +86,11 @@ class ImportForm(FormBase):
 
 
 @admin.register(ModelImport)
-class ModelImportAdmin(ModelAdmin):
+class ModelImportAdmin(WorkPages, ModelAdmin):
     """Uploads and downloads of models and adapters."""
 
     form = ImportForm
+    cancelled = "It is cancelled; what had come is removed."
     list_display = ("name", "kind", "standing", "progress", "asked_by", "created")
     list_filter = ("state", "kind")
     search_fields = ("name",)
@@ -156,29 +154,11 @@ class ModelImportAdmin(ModelAdmin):
     ) -> HttpResponse:
         return HttpResponseRedirect(console.change_page("inference_modelimport", obj.pk))
 
-    def get_urls(self) -> list[URLPattern]:
-        views = {"state": self.state_page, "cancel_this": self.cancel_this}
-        own = [
-            path(
-                f"<int:object_id>/{name.removesuffix('_this')}/",
-                self.admin_site.admin_view(view),
-                name=f"inference_modelimport_{name}",
-            )
-            for name, view in views.items()
-        ]
-        return [*own, *super().get_urls()]
+    def shown(self, row: ModelImport) -> SafeString:
+        return shown(row)
 
-    def state_page(self, request: HttpRequest, object_id: int) -> HttpResponse:
-        """The part of a page that changes, alone."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
-        return HttpResponse(shown(self._row(request, object_id)))
-
-    def _row(self, request: HttpRequest, object_id: int) -> ModelImport:
-        row: ModelImport | None = self.get_queryset(request).filter(pk=object_id).first()
-        if row is None:
-            raise Http404
-        return row
+    def cancel_row(self, row: ModelImport) -> bool:
+        return desk.cancel(row)
 
     # What the pages show
 
@@ -233,17 +213,6 @@ class ModelImportAdmin(ModelAdmin):
     def cancel(self, request: HttpRequest, queryset: QuerySet[ModelImport]) -> None:
         number = sum(desk.cancel(row) for row in queryset)
         self.message_user(request, f"{number} cancelled; what had ended stays as it is.", messages.SUCCESS)
-
-    @method_decorator(require_POST)
-    def cancel_this(self, request: HttpRequest, object_id: int) -> HttpResponse:
-        """The button of its page. Raises PermissionDenied or Http404."""
-        if not self.has_cancel_permission(request):
-            raise PermissionDenied
-        if desk.cancel(self._row(request, object_id)):
-            self.message_user(request, "It is cancelled; what had come is removed.", messages.SUCCESS)
-        else:
-            self.message_user(request, "It had ended already: nothing was cancelled.", messages.WARNING)
-        return redirect(console.change_page("inference_modelimport", object_id))
 
 
 def shown(row: ModelImport) -> SafeString:

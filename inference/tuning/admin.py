@@ -14,7 +14,7 @@ from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import redirect
-from django.urls import URLPattern, path, reverse
+from django.urls import reverse
 from django.utils.decorators import method_decorator
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
@@ -23,6 +23,7 @@ from unfold.admin import ModelAdmin
 from unfold.decorators import display
 
 from accounts.pages import console
+from accounts.pages.work_pages import WorkPages
 from inference.catalog import variants
 from inference.models import ModelVariant
 from inference.tuning import desk, optimizer, report
@@ -65,10 +66,12 @@ class OptimizationForm(FormBase):
 
 
 @admin.register(Optimization)
-class OptimizationAdmin(ModelAdmin):
+class OptimizationAdmin(WorkPages, ModelAdmin):
     """The web measures on its own machine; one search at a time."""
 
     form = OptimizationForm
+    cancelled = "It is cancelled; nothing of it is kept."
+    buttons = ("cancel_this", "activate_this")
     list_display = ("name", "standing", "progress", "asked_by", "created")
     list_filter = ("state",)
     search_fields = ("name",)
@@ -188,29 +191,11 @@ class OptimizationAdmin(ModelAdmin):
 
     # Addresses of one search
 
-    def get_urls(self) -> list[URLPattern]:
-        views = {"state": self.state_page, "cancel_this": self.cancel_this, "activate_this": self.activate_this}
-        own = [
-            path(
-                f"<int:object_id>/{name.removesuffix('_this')}/",
-                self.admin_site.admin_view(view),
-                name=f"{PAGE}_{name}",
-            )
-            for name, view in views.items()
-        ]
-        return [*own, *super().get_urls()]
+    def shown(self, row: Optimization) -> SafeString:
+        return shown(row)
 
-    def state_page(self, request: HttpRequest, object_id: int) -> HttpResponse:
-        """The part of a page that changes, alone."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
-        return HttpResponse(shown(self._row(request, object_id)))
-
-    def _row(self, request: HttpRequest, object_id: int) -> Optimization:
-        row: Optimization | None = self.get_queryset(request).filter(pk=object_id).first()
-        if row is None:
-            raise Http404
-        return row
+    def cancel_row(self, row: Optimization) -> bool:
+        return desk.cancel(row)
 
     @admin.action(description="Cancel", permissions=["cancel"])
     def cancel(self, request: HttpRequest, queryset: QuerySet[Optimization]) -> None:
@@ -218,22 +203,11 @@ class OptimizationAdmin(ModelAdmin):
         self.message_user(request, f"{number} cancelled; what had ended stays as it is.", messages.SUCCESS)
 
     @method_decorator(require_POST)
-    def cancel_this(self, request: HttpRequest, object_id: int) -> HttpResponse:
-        """The button of its page. Raises PermissionDenied or Http404."""
-        if not self.has_cancel_permission(request):
-            raise PermissionDenied
-        if desk.cancel(self._row(request, object_id)):
-            self.message_user(request, "It is cancelled; nothing of it is kept.", messages.SUCCESS)
-        else:
-            self.message_user(request, "It had ended already: nothing was cancelled.", messages.WARNING)
-        return redirect(console.change_page(PAGE, object_id))
-
-    @method_decorator(require_POST)
     def activate_this(self, request: HttpRequest, object_id: int) -> HttpResponse:
         """The other button. Raises PermissionDenied or Http404."""
         if not self.has_activate_permission(request):
             raise PermissionDenied
-        found = variant_of(self._row(request, object_id))
+        found = variant_of(self.row(request, object_id))
         if found is None:
             raise Http404
         try:
